@@ -1,0 +1,1113 @@
+"""ViTMSN: the Vision Transformer of Masked Siamese Networks, and its self-supervised objective, in one file.
+
+Paper: Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022, arXiv 2204.07141v1. Section
+and equation numbers below are of that version. The file follows the paper's Section 3 from top to bottom:
+
+    configuration -> patchify and mask -> encoder -> classifier -> similarity metric and predictions -> objective
+    -> pretraining (anchor encoder, target encoder, prototypes) -> reading and writing weights -> preprocessing
+
+The backbone and the classifier are the same model as ViTMSNModel and ViTMSNForImageClassification of Hugging Face
+transformers: the same numbers from the same weights, in both directions. The pretraining reproduces the published
+procedure (tests/test_golden.py); wherever we leave it, a comment that starts with "Departure:" says so.
+
+    model = ViTMSNForImageClassification.from_pretrained("facebook/vit-msn-small", num_labels=10)
+    logits = model(preprocess(images, model.config)).logits
+
+Shapes are written in the letters of the einops patterns, the same everywhere:
+    b images    v anchor views per image    n tokens or patches    d width of the encoder    h attention heads
+    k prototypes    e width of the projection (256)    c channels    p patch size in pixels
+"""
+import copy
+import json
+import math
+import os
+import re
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+# ----------------------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,  # exact, with erf
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+# The published shapes (paper, Section 4): name -> width, layers, heads, patch size in pixels.
+PRESETS = {
+    "small-16": (384, 12, 6, 16), "base-16": (768, 12, 12, 16), "base-8": (768, 12, 12, 8),
+    "base-4": (768, 12, 12, 4), "large-16": (1024, 24, 16, 16), "large-7": (1024, 24, 16, 7),
+}
+
+
+@dataclass
+class ViTMSNConfig:
+    """Architecture of a ViTMSN. Names, defaults and meaning are those of transformers' ViTMSNConfig.
+
+    `num_labels` is the length of `id2label`; 0 makes the classifier's head the identity. Keys of a config.json that
+    are not fields here are kept in `extra` and written back. Raises ValueError for values no model can have.
+    """
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int = 224  # pixels
+    patch_size: int = 16  # pixels
+    num_channels: int = 3
+    qkv_bias: bool = True
+    num_labels: int | None = None  # None: as many as id2label names, else 2
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None  # None: inferred from the labels at the first loss
+    attn_implementation: str = "sdpa"
+    drop_path_rate: float = 0.0
+    extra: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._check_numbers()
+        self._check_labels()
+        for name, allowed in (("hidden_act", tuple(ACTIVATIONS)), ("attn_implementation", ("sdpa", "eager")),
+                              ("problem_type", (None, *PROBLEM_TYPES))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; use one of {allowed}.")
+
+    def _check_numbers(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{f.name}={value!r} must be a whole number of at least 1.")
+            if f.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
+                raise ValueError(f"{f.name}={value!r} must be a number of at least 0 and below 1.")
+        if type(self.qkv_bias) is not bool:
+            raise ValueError(f"qkv_bias={self.qkv_bias!r} must be true or false.")
+        if self.hidden_size % self.num_attention_heads:
+            below = self.hidden_size - self.hidden_size % self.num_attention_heads
+            raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
+                             f"{self.num_attention_heads}; use {below or self.num_attention_heads} or "
+                             f"{below + self.num_attention_heads}, or another number of heads.")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size={self.patch_size} is larger than image_size={self.image_size}: no patch "
+                             "fits; use a smaller patch or a larger image.")
+
+    def _check_labels(self):
+        if self.id2label is None:
+            self.num_labels = 2 if self.num_labels is None else self.num_labels
+            if type(self.num_labels) is not int or self.num_labels < 0:
+                raise ValueError(f"num_labels={self.num_labels!r} must be a whole number of at least 0.")
+            self.id2label = {i: f"LABEL_{i}" for i in range(self.num_labels)}
+        try:
+            self.id2label = {int(i): str(name) for i, name in self.id2label.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"id2label={self.id2label!r} must map class numbers to names.") from None
+        if self.num_labels not in (None, len(self.id2label)):
+            raise ValueError(f"num_labels={self.num_labels} but id2label names {len(self.id2label)} classes; "
+                             "give one of them, or make them agree.")
+        self.num_labels = len(self.id2label)
+        self.label2id = {name: i for i, name in self.id2label.items()} if self.label2id is None else self.label2id
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "ViTMSNConfig":
+        """One of the published shapes (`PRESETS`), with any field changed."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not known; use one of {', '.join(PRESETS)}.")
+        width, layers, heads, patch = PRESETS[name]
+        return cls(**{"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+                      "intermediate_size": 4 * width, "patch_size": patch, **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ViTMSNConfig":
+        """From the content of a config.json; unknown keys go to `extra`."""
+        if not isinstance(values, dict) or values.get("model_type", "vit_msn") != "vit_msn":
+            kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"this config describes {kind!r}, not a model of type 'vit_msn'.")
+        known = {f.name for f in fields(cls)} - {"extra"}
+        extra = {key: value for key, value in values.items() if key not in known | {"model_type", "architectures"}}
+        return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike) -> "ViTMSNConfig":
+        """Read the config.json of a folder or of a model on the Hugging Face hub."""
+        path = local_folder(name_or_path) / "config.json"
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no config.json in {path.parent}.") from None
+        except (ValueError, OSError, RecursionError) as error:
+            raise ValueError(f"{path} can't be used: {error}") from error
+
+    def to_dict(self) -> dict:
+        """The content of config.json, as transformers writes and reads it (how attention is computed is no part)."""
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        for name in ("extra", "attn_implementation", "num_labels"):
+            values.pop(name)
+        return {**self.extra, **values, "model_type": "vit_msn"}
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along each side of a whole image."""
+        return self.image_size // self.patch_size
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Patchify and Mask (paper, Section 3)
+# ----------------------------------------------------------------------------------------------------------------------
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into non-overlapping patches, row by row. Pixels that do not fill a patch are dropped.
+
+    images: b c height width -> b n (c p p), with n = height // p * (width // p).
+    """
+    p = patch_size
+    height, width = images.shape[-2] // p * p, images.shape[-1] // p * p
+    return rearrange(images[..., :height, :width], "b c (gh p1) (gw p2) -> b (gh gw) (c p1 p2)", p1=p, p2=p)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Put patches together again: the inverse of patchify. patches: b (gh gw) (c p p) -> b c height width."""
+    return rearrange(patches, "b (gh gw) (c p1 p2) -> b c (gh p1) (gw p2)",
+                     gh=grid[0], gw=grid[1], p1=patch_size, p2=patch_size)
+
+
+def num_patches_to_keep(num_patches: int, mask_ratio: float) -> int:
+    """floor(n (1 - ratio)), the ratio taken as the decimal it is written as: 25 patches at 0.8 keep 5, where floating
+    point says 4. Raises ValueError if the ratio is outside [0, 1) or no patch would be left."""
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask_ratio={mask_ratio} must be at least 0 and below 1.")
+    kept = math.floor(num_patches * (1 - Fraction(str(mask_ratio))))
+    if kept < 1:
+        raise ValueError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches; use a lower ratio or smaller "
+                         "patches.")
+    return kept
+
+
+def sample_patches_to_keep(batch: int, num_patches: int, mask_ratio: float, generator: torch.Generator) -> Tensor:
+    """Random mask: which patches of each image stay, every subset equally likely, ascending -> (batch, kept) indices.
+
+    Departure: the official code draws one mask for the whole batch; the paper masks views, so each image here has a
+    mask of its own. Only `generator` decides.
+    """
+    kept = num_patches_to_keep(num_patches, mask_ratio)
+    order = torch.rand(batch, num_patches, generator=generator, device=generator.device).argsort(dim=1)
+    return order[:, :kept].sort(dim=1).values
+
+
+def sample_patches_to_keep_blockwise(batch: int, num_patches: int | tuple[int, int], mask_ratio: float,
+                                     generator: torch.Generator) -> Tensor:
+    """Block-wise mask, contract as sample_patches_to_keep: the dropped patches form one block of random place and shape.
+
+    num_patches: their number, if the grid is square, or (rows, columns). A block is made of the patches nearest to a
+    random centre, by the larger of the distances along each axis, stretched by an aspect ratio between 1:2 and 2:1;
+    so its size is exact, also where it meets the image's border. (Not in the paper, which masks at random.)
+    """
+    rows, columns = (math.isqrt(num_patches),) * 2 if isinstance(num_patches, int) else num_patches
+    if isinstance(num_patches, int) and rows * columns != num_patches:
+        raise ValueError(f"{num_patches} patches are no square grid; pass (rows, columns).")
+    kept = num_patches_to_keep(rows * columns, mask_ratio)
+    centre_row, centre_column, stretch = torch.rand(3, batch, 1, generator=generator, device=generator.device)
+    aspect = 2 ** (stretch - 0.5)
+    row = torch.arange(rows, device=generator.device).repeat_interleave(columns)
+    column = torch.arange(columns, device=generator.device).repeat(rows)
+    distance = torch.maximum((row + 0.5 - centre_row * rows).abs() * aspect,
+                             (column + 0.5 - centre_column * columns).abs() / aspect)
+    return distance.argsort(dim=1, descending=True, stable=True)[:, :kept].sort(dim=1).values
+
+
+def take_patches(x: Tensor, patches_to_keep: Tensor) -> Tensor:
+    """Rows of x that stay. x: b n d, patches_to_keep: b kept -> b kept d."""
+    return x.gather(1, patches_to_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoder: a pre-norm Vision Transformer whose class token is the representation (paper, Section 3, "Encoder")
+# ----------------------------------------------------------------------------------------------------------------------
+
+def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resample the positions of a square grid to (rows, columns): bicubic, half-pixel centres, no antialiasing.
+
+    positions: 1 (1 + n) d -> 1 (1 + rows * columns) d. The class token's position is left alone.
+    """
+    side = math.isqrt(positions.shape[1] - 1)
+    patches = rearrange(positions[:, 1:], "1 (gh gw) d -> 1 d gh gw", gh=side)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], rearrange(patches, "1 d gh gw -> 1 (gh gw) d")], dim=1)
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d_h)) v, written out; returns the probabilities too.
+
+    query: b h nq d_h; key, value: b h n d_h -> (b h nq d_h, b h nq n). Keeps the whole h * nq * n table in memory.
+    """
+    # Scaling the queries touches n * d_h numbers instead of n * n.
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    probabilities = F.dropout(scores.softmax(dim=-1), dropout)
+    return probabilities @ value, probabilities
+
+
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, None]:
+    """The same by torch's fused kernel, which never holds the table and so has no probabilities to return."""
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout), None
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: drop an image's whole residual branch with probability `rate`, scale the others up. x: b n d."""
+    if rate == 0 or not training:
+        return x
+    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
+    return x * keep / (1 - rate)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, config: ViTMSNConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.implementation = config.attn_implementation
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, class_token_only: bool = False,
+                output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x: b n d -> b n d (b 1 d with class_token_only), and the probabilities b h n n if they were asked for."""
+        if class_token_only:  # one query asks, but every token is still a key and a value
+            width, bias = x.shape[-1], self.qkv.bias
+            query = F.linear(x[:, :1], self.qkv.weight[:width], None if bias is None else bias[:width])
+            key_value = F.linear(x, self.qkv.weight[width:], None if bias is None else bias[width:])
+            query = rearrange(query, "b n (h d) -> b h n d", h=self.num_heads)
+            key, value = rearrange(key_value, "b n (two h d) -> two b h n d", two=2, h=self.num_heads).unbind(0)
+        else:
+            qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+            query, key, value = qkv.unbind(0)  # views of one tensor: nothing is copied
+        # A fused kernel has no probabilities to show, so a model that is asked for them computes them the long way.
+        attend = sdpa_attention if self.implementation == "sdpa" and not output_attentions else eager_attention
+        out, probabilities = attend(query, key, value, self.dropout if self.training else 0.0)
+        return self.proj(rearrange(out, "b h n d -> b n (h d)")), probabilities if output_attentions else None
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them, on every token by itself."""
+
+    def __init__(self, config: ViTMSNConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: b n d -> b n d."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ViTMSNConfig, drop_path_rate: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, x: Tensor, class_token_only: bool = False,
+                output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x: b n d -> b n d, or b 1 d with class_token_only; attention probabilities b h n n or None."""
+        attended, probabilities = self.attn(self.norm1(x), class_token_only, output_attentions)
+        x = (x[:, :1] if class_token_only else x) + drop_path(self.dropout(attended), self.drop_path_rate, self.training)
+        x = x + drop_path(self.dropout(self.mlp(self.norm2(x))), self.drop_path_rate, self.training)
+        return x, probabilities
+
+
+@dataclass
+class ViTMSNModelOutput:
+    """last_hidden_state: b n d after the final norm. hidden_states: embeddings, then each layer's output, the last one
+    before the final norm. attentions: b h n n per layer. The last two are None unless asked for."""
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ViTMSNClassifierOutput:
+    """logits: b num_labels. loss: scalar, if labels were given. The others as in ViTMSNModelOutput."""
+    logits: Tensor
+    loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def finish(output):
+    """What forward returns: the output object, but for torch.jit.trace, which knows only tuples of tensors."""
+    if torch.jit.is_tracing():
+        return tuple(value for value in vars(output).values() if value is not None)
+    return output
+
+
+class PretrainedMixin:
+    """What the backbone and the classifier share of transformers' surface."""
+    config: ViTMSNConfig
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, *, config: ViTMSNConfig | None = None,
+                        attn_implementation: str | None = None, torch_dtype: torch.dtype | str | None = None,
+                        dtype: torch.dtype | str | None = None, num_labels: int | None = None,
+                        ignore_mismatched_sizes: bool = False, **model_options):
+        """Load a transformers folder, an original .pth.tar, one of our checkpoints, or a name on the hub; eval mode.
+
+        torch_dtype (or dtype): None means the stored one. config: only needed for an original file whose heads are
+        not 64 wide. Raises ValueError that names missing or wrongly shaped weights, FileNotFoundError.
+        """
+        stored_config, weights = read_pretrained(name_or_path, config)
+        config = copy.deepcopy(stored_config)
+        if attn_implementation is not None:
+            config.attn_implementation = attn_implementation
+        if num_labels is not None and num_labels != config.num_labels:
+            config.num_labels, config.id2label, config.label2id = num_labels, None, None
+        config.__post_init__()  # the changes above are checked like everything else
+        model = cls(config, **model_options)
+        load_weights(model, weights, str(name_or_path), ignore_mismatched_sizes)
+        stored_dtype = weights["cls_token"].dtype
+        wanted = dtype if torch_dtype is None else torch_dtype
+        wanted = stored_dtype if wanted in (None, "auto") else getattr(torch, wanted) if isinstance(wanted, str) else wanted
+        return model.to(wanted).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors (without the safetensors package: pytorch_model.bin); transformers
+        4 and 5 read both. Each file appears whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = to_transformers(self.state_dict(), self.config.num_channels)
+        try:
+            from safetensors.torch import save as to_bytes
+            write_file(folder / "model.safetensors", to_bytes(weights, metadata={"format": "pt"}))
+        except ImportError:
+            write_file(folder / "pytorch_model.bin", lambda file: torch.save(weights, file))
+        values = {**self.config.to_dict(), "architectures": [type(self).__name__],
+                  "torch_dtype": str(next(self.parameters()).dtype).removeprefix("torch.")}
+        values.pop("dtype", None)  # transformers 4.57's and 5's word for torch_dtype, which every version reads
+        write_file(folder / "config.json", json.dumps(values, indent=2, ensure_ascii=False).encode())
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, keep only each layer's input and compute the rest again in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, ViTMSNModel):
+                module.gradient_checkpointing = True
+
+    def set_attn_implementation(self, implementation: str) -> None:
+        """"sdpa" or "eager", for every layer."""
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(f"attn_implementation={implementation!r} is not known; use 'sdpa' or 'eager'.")
+        self.config.attn_implementation = implementation
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.implementation = implementation
+
+
+class ViTMSNModel(PretrainedMixin, nn.Module):
+    """The backbone. `use_mask_token` adds a learnable token that replaces masked patches (MSN itself drops them)."""
+
+    def __init__(self, config: ViTMSNConfig, use_mask_token: bool = False):
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if use_mask_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid_size**2, width))
+        # A convolution whose stride is its size is one matrix product over flattened patches.
+        self.patch_embed = nn.Linear(config.num_channels * config.patch_size**2, width)
+        last = max(config.num_hidden_layers - 1, 1)
+        self.blocks = nn.ModuleList(Block(config, config.drop_path_rate * i / last)
+                                    for i in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        init_like_transformers(self, config.initializer_range)
+
+    def _check_input(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
+        size, channels, p = self.config.image_size, self.config.num_channels, self.config.patch_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; pass (images, {channels}, height, "
+                             "width), for example preprocess(images, model.config).")
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values is {pixel_values.dtype}; pass normalised floats, for example "
+                             "preprocess(images, model.config).")
+        height, width = pixel_values.shape[-2:]
+        if not interpolate_pos_encoding and (height, width) != (size, size):
+            raise ValueError(f"the images are {height} x {width} pixels but the model was made for {size} x {size}; "
+                             "resize them, or pass interpolate_pos_encoding=True.")
+        if height < p or width < p:
+            raise ValueError(f"the images are {height} x {width} pixels, smaller than one patch of {p} x {p}.")
+
+    def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None,
+              patches_to_keep: Tensor | None = None, interpolate_pos_encoding: bool = False) -> Tensor:
+        """Pixels to tokens with positions, class token first; patches that are not kept are never embedded.
+
+        pixel_values: b c height width, bool_masked_pos: b n, patches_to_keep: b kept -> b (1 + n or kept) d.
+        """
+        self._check_input(pixel_values, interpolate_pos_encoding)
+        height, width = pixel_values.shape[-2:]
+        grid = (height // self.config.patch_size, width // self.config.patch_size)
+        positions = self.pos_embed
+        # As transformers decides it: 64 x 16 pixels of a 32-pixel model make as many patches but are resampled.
+        if grid[0] * grid[1] != positions.shape[1] - 1 or height != width:
+            positions = interpolate_positions(positions, grid)
+        patches = patchify(pixel_values.to(self.patch_embed.weight.dtype), self.config.patch_size)
+        patch_positions = positions[:, 1:].expand(len(patches), -1, -1)
+        if patches_to_keep is not None:  # a third of the pixels kept is a third of the embedding computed
+            patches, patch_positions = (take_patches(x, patches_to_keep) for x in (patches, patch_positions))
+        tokens = self.patch_embed(patches)
+        if bool_masked_pos is not None:
+            if self.mask_token is None:
+                raise ValueError("bool_masked_pos needs a mask token: make the model with use_mask_token=True.")
+            masked = bool_masked_pos.unsqueeze(-1).bool()
+            masked = masked if patches_to_keep is None else take_patches(masked, patches_to_keep)
+            tokens = torch.where(masked, self.mask_token.to(tokens.dtype), tokens)
+        class_token = (self.cls_token + positions[:, :1]).expand(len(tokens), -1, -1)
+        tokens = torch.cat([class_token.to(tokens.dtype), tokens + patch_positions], dim=1)
+        return F.dropout(tokens, self.config.hidden_dropout_prob, self.training)
+
+    def class_token(self, pixel_values: Tensor, patches_to_keep: Tensor | None = None,
+                    interpolate_pos_encoding: bool = False) -> Tensor:
+        """The class token after the last layer, *before* the final norm: the published feature for probing. -> b d.
+
+        In the last layer nothing else is looked at, so only the class token asks, and only it passes through the MLP.
+        """
+        tokens = self.embed(pixel_values, None, patches_to_keep, interpolate_pos_encoding)
+        for i, block in enumerate(self.blocks, 1):
+            tokens, _ = self._run(block, tokens, i == len(self.blocks), False)
+        return tokens[:, 0]
+
+    def _run(self, block: Block, *arguments) -> tuple[Tensor, Tensor | None]:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None,
+                patches_to_keep: Tensor | None = None, interpolate_pos_encoding: bool = False,
+                output_hidden_states: bool = False, output_attentions: bool = False) -> ViTMSNModelOutput:
+        """pixel_values: b c height width; bool_masked_pos: b n, True where the mask token stands in;
+        patches_to_keep: b kept, indices of the patches that enter the encoder, all if None."""
+        tokens = self.embed(pixel_values, bool_masked_pos, patches_to_keep, interpolate_pos_encoding)
+        hidden_states, attentions = [tokens], []
+        for block in self.blocks:
+            tokens, probabilities = self._run(block, tokens, False, output_attentions)
+            hidden_states.append(tokens)
+            attentions.append(probabilities)
+            if not output_hidden_states:
+                hidden_states.clear()  # else every layer's output would stay in memory
+        return finish(ViTMSNModelOutput(self.norm(tokens), tuple(hidden_states) if output_hidden_states else None,
+                                        tuple(attentions) if output_attentions else None))
+
+
+def init_like_transformers(model: nn.Module, std: float) -> None:
+    """normal(0, std) for linear layers, zero biases; class token and positions stay zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classifier
+# ----------------------------------------------------------------------------------------------------------------------
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """Mean squared error, cross-entropy or binary cross-entropy. logits: b num_labels -> scalar."""
+    if problem_type == "regression":
+        return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
+    if problem_type == "single_label_classification":
+        return F.cross_entropy(logits, labels.view(-1))
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
+    """The backbone with a linear head on the class token (after the final norm, as in transformers)."""
+
+    def __init__(self, config: ViTMSNConfig):
+        super().__init__()
+        self.config = config
+        self.vit = ViTMSNModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        init_like_transformers(self.classifier, config.initializer_range)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, interpolate_pos_encoding: bool = False,
+                output_hidden_states: bool = False, output_attentions: bool = False) -> ViTMSNClassifierOutput:
+        """pixel_values: b c height width; labels: b class numbers, or b num_labels for regression and multi-label."""
+        if output_hidden_states or output_attentions:
+            out = self.vit(pixel_values, None, None, interpolate_pos_encoding, output_hidden_states, output_attentions)
+            state, hidden_states, attentions = out.last_hidden_state[:, 0], out.hidden_states, out.attentions
+        else:
+            state = self.vit.norm(self.vit.class_token(pixel_values, None, interpolate_pos_encoding))
+            hidden_states = attentions = None
+        logits = self.classifier(state)
+        loss = None if labels is None else classification_loss(logits, labels, self._infer_problem_type(labels))
+        return finish(ViTMSNClassifierOutput(logits, loss, hidden_states, attentions))
+
+    def _infer_problem_type(self, labels: Tensor) -> str:
+        if self.config.problem_type is None:
+            whole = labels.dtype in (torch.long, torch.int)
+            self.config.problem_type = PROBLEM_TYPES[0 if self.config.num_labels == 1 else 1 if whole else 2]
+        return self.config.problem_type
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Similarity Metric and Predictions (paper, Section 3). All in the log domain: at the temperatures of MSN the plain
+# form underflows to 0 and its logarithm is infinite (temperature 0.1, sharpening 0.05 is enough in float32).
+# ----------------------------------------------------------------------------------------------------------------------
+
+AllReduce = Callable[[Tensor, str], Tensor]
+
+
+def one_process(x: Tensor, op: str) -> Tensor:
+    """The reduction ("sum" or "max") of x over all processes, if there is one process. train_msn.py has the other."""
+    return x
+
+
+def log_assign(z: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """log p(prototype | view) = log softmax of the cosine similarities / tau. z: b e, prototypes: k e -> b k."""
+    return (F.normalize(z, dim=-1) @ F.normalize(prototypes, dim=-1).T / temperature).log_softmax(dim=-1)
+
+
+def smooth(log_p: Tensor, smoothing: float) -> Tensor:
+    """Label smoothing of the prototype labels: log((1 - s) p + s / k). log_p: b k -> b k."""
+    if smoothing == 0:
+        return log_p
+    uniform = log_p.new_tensor(smoothing / log_p.shape[-1]).log()
+    return torch.logaddexp(log_p + math.log1p(-smoothing), uniform)
+
+
+def sharpen(log_p: Tensor, sharpening: float) -> Tensor:
+    """p^(1/T) renormalised: for p = softmax(s / tau) the same as softmax(s / (T tau)). log_p: b k -> b k.
+
+    The paper writes the target's own temperature tau+ = T tau (0.025 = 0.25 x 0.1).
+    """
+    return (log_p / sharpening).log_softmax(dim=-1)
+
+
+def batch_logsumexp(log_p: Tensor, all_reduce: AllReduce) -> Tensor:
+    """log of the sum of p over the rows of all processes: how much mass each prototype gets. log_p: b k -> k."""
+    peak = all_reduce(log_p.detach().amax(dim=0), "max")
+    return peak + all_reduce((log_p - peak).exp().sum(dim=0), "sum").log()
+
+
+def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_process) -> Tensor:
+    """Sinkhorn normalisation: give every prototype the same share of the batch, then every view its sum of 1.
+
+    log_p: b k (any positive matrix) -> b k whose rows sum to 1 and whose columns tend to b / k. The images' step comes
+    last, so that theirs is exact. The constants b, k and the total of the usual form cancel in the row step.
+    """
+    for _ in range(iterations):
+        log_p = (log_p - batch_logsumexp(log_p, all_reduce)).log_softmax(dim=-1)
+    return log_p
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training Objective (paper, Section 3, equation (1))
+# ----------------------------------------------------------------------------------------------------------------------
+
+def cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
+    """H(p+, p), mean over all anchor views: the first term of (1). log_p: v b k, targets: b k (no gradient)."""
+    # The target of an image is shared by its v views, so the views are averaged first and nothing is tiled.
+    return -(targets * log_p.mean(dim=0)).sum(dim=-1).mean()
+
+
+def me_max(log_p: Tensor, log_prior: Tensor | None = None, all_reduce: AllReduce = one_process) -> Tensor:
+    """Mean-entropy maximisation: KL(mean prediction || prior), >= 0, to be minimised. log_p: rows k -> scalar.
+
+    With the uniform prior (None) this is log k - H(mean prediction): the second term of (1), shifted by the constant
+    log k so that it is 0 exactly when all prototypes are used alike. Another prior is PMSN (arXiv 2210.07277).
+    """
+    # Each row sums to 1, so the softmax over prototypes divides the batch's sum by the number of rows.
+    log_mean = batch_logsumexp(log_p, all_reduce).log_softmax(dim=-1)
+    log_prior = -math.log(log_p.shape[-1]) if log_prior is None else log_prior
+    return (log_mean.exp() * (log_mean - log_prior)).sum()
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Mean entropy of the single predictions, in nats. log_p: rows k -> scalar."""
+    return -(log_p.exp() * log_p).sum(dim=-1).mean()
+
+
+def power_law_prior(num_prototypes: int, exponent: float) -> Tensor:
+    """log of a prior proportional to rank^-exponent (PMSN, arXiv 2210.07277, Section 4): for data with few frequent
+    and many rare classes. Exponent 0 is the uniform one. -> k."""
+    return (-exponent * torch.arange(1, num_prototypes + 1).log()).log_softmax(dim=0)
+
+
+class MSNLoss(NamedTuple):
+    """Scalars, but for target_assignments (b k, rows sum to 1). Without units; entropies in nats.
+
+    loss = cross_entropy + memax_weight * memax + entropy_weight * entropy. The last three tell a healthy run from a
+    collapsed one: how many prototypes are some target's first choice, and the mean highest and lowest assignment.
+    """
+    loss: Tensor
+    cross_entropy: Tensor
+    memax: Tensor
+    entropy: Tensor
+    target_assignments: Tensor
+    prototypes_used: Tensor
+    top_assignment: Tensor
+    bottom_assignment: Tensor
+
+
+def msn_loss(anchors: Tensor, targets: Tensor, prototypes: Tensor, *, temperature: float = 0.1,
+             sharpening: float = 0.25, sinkhorn_iterations: int = 3, memax_weight: float = 1.0,
+             entropy_weight: float = 0.0, label_smoothing: float = 0.0, log_prior: Tensor | None = None,
+             all_reduce: AllReduce = one_process) -> MSNLoss:
+    """The objective (1) and its terms. anchors: (v b) e, view-major; targets: b e; prototypes: k e.
+
+    Gradients reach the anchors and, through the anchors' side only, the prototypes. Departure: computed in float32
+    even under autocast (the official code has no mixed precision). sinkhorn_iterations=0 leaves it out.
+    """
+    if len(anchors) % len(targets):
+        raise ValueError(f"{len(anchors)} anchor rows are no whole number of views of {len(targets)} target rows.")
+    with torch.autocast(anchors.device.type, enabled=False):
+        working = torch.promote_types(prototypes.dtype, torch.float32)
+        anchors, targets, prototypes = (x.to(working) for x in (anchors, targets, prototypes))
+        log_p = smooth(log_assign(anchors, prototypes, temperature), label_smoothing)
+        with torch.no_grad():
+            log_q = smooth(log_assign(targets, prototypes, temperature), label_smoothing)
+            q = sinkhorn(sharpen(log_q, sharpening), sinkhorn_iterations, all_reduce).exp()
+            votes = F.one_hot(q.argmax(dim=-1), q.shape[-1]).sum(dim=0)
+            used = (all_reduce(votes, "sum") > 0).sum()
+        ce = cross_entropy(rearrange(log_p, "(v b) k -> v b k", b=len(targets)), q)
+        memax, ent = me_max(log_p, log_prior, all_reduce), entropy(log_p)
+        total = ce + memax_weight * memax + entropy_weight * ent
+        return MSNLoss(total, ce, memax, ent, q, used, reduce(q, "b k -> b", "max").mean(),
+                       reduce(q, "b k -> b", "min").mean())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pretraining: anchor encoder, target encoder and prototypes
+# ----------------------------------------------------------------------------------------------------------------------
+
+class ProjectionHead(nn.Module):
+    """Three linear layers; thrown away after pretraining (paper, Appendix A.1). d -> hidden -> hidden -> e.
+
+    Departure: the paper puts batch norm "at the input and hidden layers"; the released code, and so we, after the two
+    hidden layers only.
+    """
+
+    def __init__(self, width: int, hidden_dim: int, output_dim: int):
+        super().__init__()
+        self.fc1, self.bn1 = nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim)
+        self.fc2, self.bn2 = nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim)
+        self.fc3 = nn.Linear(hidden_dim, output_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: rows d -> rows e."""
+        x = F.gelu(self.bn1(self.fc1(x)))
+        return self.fc3(F.gelu(self.bn2(self.fc2(x))))
+
+
+class MSNEncoder(ViTMSNModel):
+    """f_theta: the backbone with the projection head, from views to the vectors that are compared with prototypes."""
+
+    def __init__(self, config: ViTMSNConfig, hidden_dim: int, output_dim: int):
+        super().__init__(config)
+        self.fc = ProjectionHead(config.hidden_size, hidden_dim, output_dim)
+        self._init_as_published(config.initializer_range)
+
+    def _init_as_published(self, std: float) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                # Departure: cut at two standard deviations. Officially at +-2, a hundred of them: never.
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.kaiming_normal_(self.patch_embed.weight)
+        nn.init.normal_(self.cls_token, std=std)
+        nn.init.normal_(self.pos_embed, std=std)
+
+    def forward(self, views: list[Tensor], patches_to_keep: list[Tensor | None]) -> Tensor:
+        """views: v tensors b c height width of any sizes, patches_to_keep: b kept or None for each -> v b e.
+
+        Views of one size and kept count go through together, so batch norm has its statistics per resolution.
+        """
+        groups: dict[tuple, list[int]] = {}
+        for i, (view, keep) in enumerate(zip(views, patches_to_keep, strict=True)):
+            groups.setdefault((view.shape, None if keep is None else keep.shape), []).append(i)
+        projections: list[Tensor] = [views[0]] * len(views)
+        for members in groups.values():
+            keep = None if patches_to_keep[members[0]] is None else torch.cat([patches_to_keep[i] for i in members])
+            state = self.class_token(torch.cat([views[i] for i in members]), keep, interpolate_pos_encoding=True)
+            for i, rows in zip(members, self.fc(self.norm(state)).chunk(len(members))):
+                projections[i] = rows
+        return torch.stack(projections)
+
+
+@torch.no_grad()
+def ema_update(target: list[Tensor], anchor: list[Tensor], momentum: float) -> None:
+    """target <- momentum * target + (1 - momentum) * anchor, in place."""
+    torch._foreach_lerp_(target, anchor, 1 - momentum)
+
+
+class ViTMSNForPreTraining(nn.Module):
+    """Masked Siamese Network: anchor encoder and prototypes, which learn, and the target encoder, which follows.
+
+    `temperature` ... `log_prior` are those of msn_loss; `all_reduce` joins the processes of a distributed run.
+    """
+
+    def __init__(self, config: ViTMSNConfig, hidden_dim: int = 2048, output_dim: int = 256, num_prototypes: int = 1024, *,
+                 temperature: float = 0.1, sharpening: float = 0.25, sinkhorn_iterations: int = 3,
+                 memax_weight: float = 1.0, entropy_weight: float = 0.0, label_smoothing: float = 0.0,
+                 prior_exponent: float = 0.0, all_reduce: AllReduce = one_process):
+        super().__init__()
+        self.config = config
+        self.anchor_encoder = MSNEncoder(config, hidden_dim, output_dim)
+        bound = output_dim**-0.5
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, output_dim).uniform_(-bound, bound))
+        self.target_encoder = copy.deepcopy(self.anchor_encoder).requires_grad_(False)
+        self.register_buffer("log_prior", power_law_prior(num_prototypes, prior_exponent), persistent=False)
+        self.sharpening = sharpening
+        self.loss_options = {"temperature": temperature, "sinkhorn_iterations": sinkhorn_iterations,
+                             "memax_weight": memax_weight, "entropy_weight": entropy_weight,
+                             "label_smoothing": label_smoothing, "all_reduce": all_reduce}
+
+    def forward(self, target_view: Tensor, anchor_views: list[Tensor],
+                patches_to_keep: list[Tensor | None] | None = None, sharpening: float | None = None) -> MSNLoss:
+        """target_view: b c height width; anchor_views: v tensors, each with its patches_to_keep (b kept) or None.
+
+        sharpening: this step's value, where it follows a schedule; else the one given at construction.
+        """
+        keep = [None] * len(anchor_views) if patches_to_keep is None else patches_to_keep
+        if not anchor_views or len(keep) != len(anchor_views):
+            raise ValueError(f"{len(anchor_views)} anchor views and {len(keep)} entries of patches_to_keep: give at "
+                             "least one view, and None or indices for each.")
+        anchors = self.anchor_encoder(anchor_views, keep)
+        # In the published procedure the target encoder, too, is in training mode: batch statistics, and running
+        # statistics of its own, which the moving average leaves alone. Only for this the module stays in train().
+        with torch.no_grad():
+            targets = self.target_encoder([target_view], [None])
+        return msn_loss(rearrange(anchors, "v b e -> (v b) e"), targets[0], self.prototypes, log_prior=self.log_prior,
+                        sharpening=self.sharpening if sharpening is None else sharpening, **self.loss_options)
+
+    def update_target(self, momentum: float) -> None:
+        """Move the target encoder's parameters (not its batch-norm buffers) towards the anchor encoder's."""
+        ema_update(list(self.target_encoder.parameters()), list(self.anchor_encoder.parameters()), momentum)
+
+    def load_pretrained(self, name_or_path: str | os.PathLike) -> list[str]:
+        """Start both encoders from weights that from_pretrained reads: a backbone alone, or with projection head and
+        prototypes where the file has them in these shapes. Returns the names that stay new; positions are resampled."""
+        _, weights = read_pretrained(name_or_path, self.config)
+        own = self.anchor_encoder.state_dict()
+        if any(weights[name].shape != own[name].shape for name in weights.keys() & own.keys() if name.startswith("fc.")):
+            weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+        if "pos_embed" in weights and weights["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
+            weights["pos_embed"] = interpolate_positions(weights["pos_embed"], (self.config.grid_size,) * 2)
+        prototypes = weights.pop("prototypes", None)
+        new = load_weights(self.anchor_encoder, weights, str(name_or_path), may_be_new=r"fc\.")
+        self.target_encoder.load_state_dict(self.anchor_encoder.state_dict())
+        if prototypes is None or prototypes.shape != self.prototypes.shape or new:
+            return new + ["prototypes"]  # prototypes mean nothing to another head
+        with torch.no_grad():
+            self.prototypes.copy_(prototypes)
+        return new
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading and writing weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Our names are the original release's, but for patch_embed.proj. transformers has used two sets: {i} is the layer and {qkv}
+# stands for three tensors that we hold as one. Its classifiers have "vit." before them and `classifier` beside them;
+# transformers 5 writes "vit." before some names only, so it is taken off wherever it stands.
+TRANSFORMERS_NAMES = {  # ours: (in files, and in memory up to transformers 4; in memory since transformers 5)
+    "cls_token": ("embeddings.cls_token", "embeddings.cls_token"),
+    "mask_token": ("embeddings.mask_token", "embeddings.mask_token"),
+    "pos_embed": ("embeddings.position_embeddings", "embeddings.position_embeddings"),
+    "patch_embed.*": ("embeddings.patch_embeddings.projection.*", "embeddings.patch_embeddings.projection.*"),
+    "blocks.{i}.norm1.*": ("encoder.layer.{i}.layernorm_before.*", "layers.{i}.layernorm_before.*"),
+    "blocks.{i}.attn.qkv.*": ("encoder.layer.{i}.attention.attention.{qkv}.*", "layers.{i}.attention.{qkv}.*"),
+    "blocks.{i}.attn.proj.*": ("encoder.layer.{i}.attention.output.dense.*", "layers.{i}.attention.o_proj.*"),
+    "blocks.{i}.norm2.*": ("encoder.layer.{i}.layernorm_after.*", "layers.{i}.layernorm_after.*"),
+    "blocks.{i}.mlp.fc1.*": ("encoder.layer.{i}.intermediate.dense.*", "layers.{i}.mlp.fc1.*"),
+    "blocks.{i}.mlp.fc2.*": ("encoder.layer.{i}.output.dense.*", "layers.{i}.mlp.fc2.*"),
+    "norm.*": ("layernorm.*", "layernorm.*"),
+    "classifier.*": ("classifier.*", "classifier.*"),
+}
+QKV_NAMES = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"))
+
+
+def name_pairs(style: int, layers: int):
+    """Each of our names with the one or three of transformers (style 0: files, 1: memory of transformers 5)."""
+    for ours, columns in TRANSFORMERS_NAMES.items():
+        for i in range(layers) if "{i}" in ours else (0,):
+            for kind in ("weight", "bias") if "*" in ours else ("",):
+                theirs = columns[style].replace("{i}", str(i)).replace("*", kind)
+                split = [theirs.replace("{qkv}", name) for name in QKV_NAMES[style]] if "{qkv}" in theirs else [theirs]
+                yield ours.replace("{i}", str(i)).replace("*", kind), split
+
+
+def count_layers(names) -> int:
+    """Number of transformer layers that parameter names speak of."""
+    return 1 + max((int(n[1]) for n in (re.search(r"(?:^|\.)(?:blocks|layers?)\.(\d{1,4})\.", k) for k in names) if n), default=-1)
+
+
+def to_transformers(state: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
+    """Our state dict under the names of transformers' files; a classifier's backbone under `vit.`."""
+    prefix = "vit." if "vit.cls_token" in state else ""
+    state = {name.removeprefix("vit."): value for name, value in state.items()}
+    converted = {}
+    for ours, theirs in name_pairs(0, count_layers(state)):
+        if ours in state:
+            value = as_convolution(state[ours], channels) if ours == "patch_embed.weight" else state[ours]
+            for name, part in zip(theirs, value.chunk(len(theirs))):
+                converted[name if name.startswith("classifier.") else prefix + name] = part.contiguous()
+    return converted
+
+
+def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any of the five layouts of transformers -> our names. Names that are not in the table stay as they are."""
+    state = {name.removeprefix("vit."): value for name, value in state.items()}
+    style = int(any(name.startswith("layers.") for name in state))
+    converted = {}
+    for ours, theirs in name_pairs(style, count_layers(state)):
+        if all(name in state for name in theirs):
+            converted[ours] = torch.cat([state.pop(name) for name in theirs])
+    if "patch_embed.weight" in converted:
+        converted["patch_embed.weight"] = converted["patch_embed.weight"].flatten(1)
+    return {**converted, **state}
+
+
+def as_convolution(weight: Tensor, channels: int) -> Tensor:
+    """The patch embedding as others hold it: d (c p p) -> d c p p."""
+    p = math.isqrt(weight.shape[1] // channels)
+    return rearrange(weight, "d (c p1 p2) -> d c p1 p2", c=channels, p1=p)
+
+
+def to_original(state: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
+    """An encoder's state dict under the names of the original release (vits16_800ep.pth.tar and others)."""
+    state = dict(state)
+    weight, bias = state.pop("patch_embed.weight"), state.pop("patch_embed.bias")
+    return {**state, "patch_embed.proj.weight": as_convolution(weight, channels), "patch_embed.proj.bias": bias}
+
+
+def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of to_original; a leading `module.` is taken off."""
+    state = {name.removeprefix("module.").replace("patch_embed.proj.", "patch_embed."): v for name, v in state.items()}
+    if "patch_embed.weight" in state:
+        state["patch_embed.weight"] = state["patch_embed.weight"].flatten(1)
+    return state
+
+
+def infer_config(state: dict[str, Tensor], values: dict) -> ViTMSNConfig:
+    """The architecture from the shapes of an original file, whose heads are 64 wide unless `values` says otherwise."""
+    try:
+        width, _, p, _ = state["patch_embed.proj.weight"].shape
+        sizes = {"hidden_size": width, "num_hidden_layers": count_layers(state), "patch_size": p,
+                 "num_channels": state["patch_embed.proj.weight"].shape[1],
+                 "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0],
+                 "image_size": p * math.isqrt(state["pos_embed"].shape[1] - 1),
+                 "qkv_bias": "blocks.0.attn.qkv.bias" in state, "num_attention_heads": max(width // 64, 1)}
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(f"the encoder in it is no ViT of the original release ({error}).") from None
+    return ViTMSNConfig.from_dict({**sizes, **values})
+
+
+def read_tensors(path: Path) -> dict:
+    """The content of a .safetensors file, or of a torch file by weights_only=True: nothing in it is ever executed.
+
+    Raises ValueError, naming the file, for anything that is damaged or is not plain tensors and values.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise ImportError(f"{path} needs the safetensors package: pip install safetensors, or use "
+                                  "pytorch_model.bin.") from None
+            return load_file(path)
+        # A torch file is a zip with checksums, which torch.load does not look at.
+        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"its record {bad} is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
+        return content
+    except (FileNotFoundError, ImportError, PermissionError):
+        raise
+    except Exception as error:  # parsers of damaged files raise every kind there is
+        raise ValueError(f"{path} can't be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}. "
+                         "It may be damaged, or hold more than tensors and plain values.") from error
+
+
+def read_sharded(index: Path) -> dict[str, Tensor]:
+    """All files that an index (model.safetensors.index.json) names; they must lie beside it."""
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in shards if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weight files ({type(error).__name__}: {error}).") from None
+    if outside:
+        raise ValueError(f"{index} names {outside[0]!r}; only files beside the index are read.")
+    return {name: value for shard in shards for name, value in read_tensors(index.parent / shard).items()}
+
+
+WEIGHT_FILES = ("checkpoint.pt", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                "pytorch_model.bin.index.json")
+
+
+def local_folder(name_or_path: str | os.PathLike) -> Path:
+    """The folder itself, or where huggingface_hub puts the model of that name."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+        raise FileNotFoundError(f"{name_or_path} is neither a file nor a folder.")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(f"{name_or_path} is no local path, and to fetch it from the hub takes the huggingface_hub "
+                          "package. Or download config.json and model.safetensors (or pytorch_model.bin) of that "
+                          "model into a folder, and pass the folder.") from None
+    return Path(snapshot_download(str(name_or_path), allow_patterns=["config.json", *WEIGHT_FILES, "*.safetensors"]))
+
+
+def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None) -> tuple[ViTMSNConfig, dict[str, Tensor]]:
+    """Configuration and weights, under our names, of whatever from_pretrained takes."""
+    path = Path(name_or_path)
+    if not path.is_file():
+        folder = local_folder(name_or_path)
+        path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}.")
+    content = read_sharded(path) if path.name.endswith(".index.json") else read_tensors(path)
+    if isinstance(content.get("target_encoder"), dict):
+        state = {str(name).removeprefix("module."): value for name, value in content["target_encoder"].items()}
+        config = config or infer_config(state, content.get("model_config", {}))
+        state = from_original({**state, **({"prototypes": content["prototypes"]} if "prototypes" in content else {})})
+    else:
+        config = config or ViTMSNConfig.from_pretrained(path.parent)
+        state = from_transformers({str(name): value for name, value in content.items()})
+    return config, state
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, ignore_mismatched_sizes: bool = False,
+                 may_be_new: str = r"mask_token|classifier\.") -> list[str]:
+    """Copy weights (our names, no `vit.`) into the model; what is new is announced and returned.
+
+    Raises ValueError naming what is missing, of another shape, or not finite; warns of what the model has no use for.
+    """
+    own = {name.removeprefix("vit."): value for name, value in model.state_dict().items()}
+    found = {name: value for name, value in weights.items() if name in own}
+    wrong = [name for name, value in found.items() if not isinstance(value, Tensor) or value.shape != own[name].shape]
+    missing = [name for name in own if name not in found and not re.match(may_be_new, name)]
+    not_finite = [name for name, value in found.items() if name not in wrong and not torch.isfinite(value).all()]
+    shapes = [f"{name} {tuple(getattr(found[name], 'shape', ()))} instead of {tuple(own[name].shape)}" for name in wrong]
+    if wrong and not ignore_mismatched_sizes:
+        raise ValueError(f"{source}: wrongly shaped: {', '.join(shapes)}. Use the matching config, or pass "
+                         "ignore_mismatched_sizes=True to draw these anew.")
+    for problem, names in (("missing", missing), ("not finite", not_finite)):
+        if names:
+            raise ValueError(f"{source}: {len(names)} weights are {problem}: {', '.join(names[:8])}"
+                             f"{' ...' if len(names) > 8 else ''}.")
+    new = [name for name in own if name not in found or name in wrong]
+    unexpected = [name for name in weights if name not in own and not re.match(r"fc\.|prototypes|classifier\.|mask_token", name)]
+    for problem, names in (("new, drawn at random", new), ("not used", unexpected)):
+        if names:
+            warnings.warn(f"{source}: {problem}: {', '.join(names)}", stacklevel=3)
+    with torch.no_grad():
+        for name in found.keys() - set(wrong):
+            own[name].copy_(found[name])
+    return new
+
+
+def write_file(path: Path, content: bytes | Callable) -> None:
+    """Write bytes, or what content(file) writes, to a temporary file, flush it to the disk, rename it. A reader never
+    sees half a file, and if the disk is full the old file stays."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preprocessing
+# ----------------------------------------------------------------------------------------------------------------------
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
+    """Any picture upright, in 8-bit RGB (channels=1: grey). 16-bit grey is scaled, not clipped; alpha is dropped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # whole numbers up to 65535
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """[0, 1] -> ImageNet's mean 0 and standard deviation 1 per channel. pixels: ... c height width."""
+    mean, std = pixels.new_tensor(IMAGENET_MEAN), pixels.new_tensor(IMAGENET_STD)
+    if pixels.shape[-3] != 3:  # a grey image gets the mean of the three
+        mean, std = mean.mean(), std.mean()
+    return (pixels - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
+
+
+def preprocess(images, config: ViTMSNConfig, protocol: str = "squash") -> Tensor:
+    """PIL images (one or a list) -> pixel_values b c image_size image_size, bilinear, ImageNet mean and deviation.
+
+    protocol "squash" is the published processor's (transformers): resized without regard to the aspect ratio;
+    "center-crop" the paper's evaluation: shorter side to 256/224 of the size, then the middle.
+    """
+    if protocol not in ("squash", "center-crop"):
+        raise ValueError(f"protocol={protocol!r} is not known; use 'squash' or 'center-crop'.")
+    size, rows = config.image_size, []
+    for image in [images] if isinstance(images, Image.Image) else images:
+        image = to_rgb(image, config.num_channels)
+        if protocol == "squash":
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        else:
+            scale = size * 256 / 224 / min(image.size)
+            width, height = (max(size, round(side * scale)) for side in image.size)
+            left, top = (width - size) // 2, (height - size) // 2
+            image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+        rows.append(torch.from_numpy(np.array(image)).reshape(size, size, -1).permute(2, 0, 1))
+    if not rows:
+        raise ValueError("there is no image to preprocess; pass at least one.")
+    return normalize(torch.stack(rows).float() / 255)
+
+
+def register_output(output_class: type) -> None:
+    """Let torch.compile, torch.export and DataParallel look into an output object."""
+    names = [f.name for f in fields(output_class)]
+    pytree.register_pytree_node(output_class, lambda out: ([getattr(out, name) for name in names], None),
+                                lambda values, _: output_class(*values), serialized_type_name=output_class.__name__)
+
+
+register_output(ViTMSNModelOutput)
+register_output(ViTMSNClassifierOutput)
