@@ -647,7 +647,7 @@ def me_max(log_p: Tensor, log_prior: Tensor | None = None, all_reduce: AllReduce
     """
     # Each row sums to 1, so the softmax over prototypes divides the batch's sum by the number of rows.
     log_mean = batch_logsumexp(log_p, all_reduce).log_softmax(dim=-1)
-    log_prior = -math.log(log_p.shape[-1]) if log_prior is None else log_prior
+    log_prior = -math.log(log_p.shape[-1]) if log_prior is None else log_prior.to(log_mean)
     return (log_mean.exp() * (log_mean - log_prior)).sum()
 
 
@@ -659,7 +659,7 @@ def entropy(log_p: Tensor) -> Tensor:
 def power_law_prior(num_prototypes: int, exponent: float) -> Tensor:
     """log of a prior proportional to rank^-exponent (PMSN, arXiv 2210.07277, Section 4): for data with few frequent
     and many rare classes. Exponent 0 is the uniform one. -> k."""
-    return (-exponent * torch.arange(1, num_prototypes + 1).log()).log_softmax(dim=0)
+    return (-exponent * torch.arange(1, num_prototypes + 1, dtype=torch.float64).log()).log_softmax(dim=0)
 
 
 class MSNLoss(NamedTuple):
@@ -773,7 +773,8 @@ def ema_update(target: list[Tensor], anchor: list[Tensor], momentum: float) -> N
 class ViTMSNForPreTraining(nn.Module):
     """Masked Siamese Network: anchor encoder and prototypes, which learn, and the target encoder, which follows.
 
-    `temperature` ... `log_prior` are those of msn_loss; `all_reduce` joins the processes of a distributed run.
+    `temperature` ... `label_smoothing` are those of msn_loss, `prior_exponent` is power_law_prior's (0: uniform);
+    `all_reduce` joins the processes of a distributed run.
     """
 
     def __init__(self, config: ViTMSNConfig, hidden_dim: int = 2048, output_dim: int = 256, num_prototypes: int = 1024, *,
@@ -786,7 +787,7 @@ class ViTMSNForPreTraining(nn.Module):
         bound = output_dim**-0.5
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, output_dim).uniform_(-bound, bound))
         self.target_encoder = copy.deepcopy(self.anchor_encoder).requires_grad_(False)
-        self.register_buffer("log_prior", power_law_prior(num_prototypes, prior_exponent), persistent=False)
+        self.prior_exponent = prior_exponent
         self.sharpening = sharpening
         self.loss_options = {"temperature": temperature, "sinkhorn_iterations": sinkhorn_iterations,
                              "memax_weight": memax_weight, "entropy_weight": entropy_weight,
@@ -807,7 +808,8 @@ class ViTMSNForPreTraining(nn.Module):
         # statistics of its own, which the moving average leaves alone. Only for this the module stays in train().
         with torch.no_grad():
             targets = self.target_encoder([target_view], [None])
-        return msn_loss(rearrange(anchors, "v b e -> (v b) e"), targets[0], self.prototypes, log_prior=self.log_prior,
+        prior = power_law_prior(len(self.prototypes), self.prior_exponent) if self.prior_exponent else None
+        return msn_loss(rearrange(anchors, "v b e -> (v b) e"), targets[0], self.prototypes, log_prior=prior,
                         sharpening=self.sharpening if sharpening is None else sharpening, **self.loss_options)
 
     def update_target(self, momentum: float) -> None:

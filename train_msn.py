@@ -1,0 +1,1352 @@
+"""Pretrain a ViT with Masked Siamese Networks (Assran et al., 2022, arXiv 2204.07141), on a laptop or a cluster.
+
+    python train_msn.py                                                  # built-in images, minutes on two CPU cores
+    python train_msn.py --recipe imagenette --data path/to/imagenette    # a folder of pictures
+    torchrun --nproc-per-node=8 train_msn.py --recipe small-16 --data path/to/imagenet --batch-size 1024
+
+Each run has its folder (runs/<recipe>-001, ...): config.json, metrics.csv, knn.csv, pictures, checkpoint.pt, and at the
+end encoder/, which transformers loads. `--resume` goes on where it stopped, bit for bit. In reading order: settings,
+data, views, masks, schedules, many processes, one training step, evaluation, checkpoints, pictures, the loop.
+"""
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import tarfile
+import time
+import urllib.request
+import warnings
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from vitmsn import (
+    IMAGENET_MEAN, IMAGENET_STD, PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNModel, from_original,
+    normalize, num_patches_to_keep, one_process, read_tensors, sample_patches_to_keep,
+    sample_patches_to_keep_blockwise, to_original, to_rgb, write_file,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: one frozen dataclass, from which the command line is derived
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """What the user asked for can't be done: one line on the terminal, exit status 2."""
+
+
+def opt(default, text: str, **limits):
+    """A field with its help text and, where not every value makes sense, choices or (low, high)."""
+    return field(default=default, metadata={"help": text, **limits})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a run. Defaults are the published ViT-S/16 recipe (Appendix A.1) where it names a value."""
+    recipe: str = opt("demo", "named settings, which the other flags change")
+    data: str = opt("synthetic", "synthetic, cifar10, or a folder of images (train/CLASS/*, val/CLASS/*, or any tree)")
+    data_dir: str = opt("data", "where cifar-10-batches-py lies or is downloaded to")
+    output_dir: str = opt("", "the run's folder; by default runs/<recipe>-001 or the next free number")
+    resume: bool = opt(False, "go on from the checkpoint in the run's folder, or start if there is none")
+    init_from: str = opt("", "start from a run of ours, a transformers folder or an original .pth.tar")
+    seed: int = opt(0, "of everything random", range=(0, 2**31 - 1))
+    # How long
+    epochs: int = opt(800, "length of the run and of the schedules", range=(1, 10**6))
+    max_steps: int = opt(0, "stop after so many steps (0: never); schedules are laid out over --epochs", range=(0, 10**12))
+    batch_size: int = opt(1024, "images per step over all processes", range=(2, 10**6))
+    # Model
+    image_size: int = opt(224, "pixels, of target view and random anchor views", range=(1, 4096))
+    patch_size: int = opt(16, "pixels", range=(1, 4096))
+    hidden_size: int = opt(384, "width d of the encoder", range=(1, 10**5))
+    num_hidden_layers: int = opt(12, "transformer layers", range=(1, 1000))
+    num_attention_heads: int = opt(6, "h", range=(1, 1000))
+    intermediate_size: int = opt(0, "width of the MLP; 0 is 4 x hidden size", range=(0, 10**6))
+    drop_path_rate: float = opt(0.0, "stochastic depth of the last layer", range=(0, 0.99))
+    head_hidden_size: int = opt(2048, "width of the projection head's hidden layers", range=(1, 10**5))
+    output_dim: int = opt(256, "e, width of projections and prototypes", range=(1, 10**5))
+    num_prototypes: int = opt(1024, "k", range=(2, 10**6))
+    # Views and masks
+    random_views: int = opt(1, "anchor views that are randomly masked, per image", range=(0, 100))
+    focal_views: int = opt(10, "anchor views that are small crops, per image", range=(0, 100))
+    focal_size: int = opt(96, "pixels, of focal views", range=(1, 4096))
+    mask_ratio: float = opt(0.15, "share of patches dropped from each random anchor view", range=(0, 0.999))
+    masking: str = opt("random", "which patches are dropped", choices=("random", "blockwise"))
+    crop_scale: tuple = opt((0.3, 1.0), "share of the image's area in target and random anchor views", range=(1e-6, 1))
+    focal_scale: tuple = opt((0.05, 0.3), "share of the image's area in focal views", range=(1e-6, 1))
+    flip: float = opt(0.5, "probability of a horizontal flip", range=(0, 1))
+    color_jitter: float = opt(0.5, "strength of the colour jitter, 1 is SimCLR's", range=(0, 1.25))
+    jitter: float = opt(0.8, "probability of colour jitter", range=(0, 1))
+    grey: float = opt(0.2, "probability of greyscale", range=(0, 1))
+    blur: float = opt(0.5, "probability of Gaussian blur", range=(0, 1))
+    blur_sigma: tuple = opt((0.1, 2.0), "deviation of the blur in pixels", range=(1e-3, 100))
+    anchor_view: str = opt("own", "own: each anchor has its augmentations; target: random anchors are the target's own "
+                           "pixels, recolored: with a colour jitter of their own (paper, table 9)",
+                           choices=("own", "recolored", "target"))
+    # Objective
+    temperature: float = opt(0.1, "tau of the anchor assignments", range=(1e-3, 100))
+    sharpening: float = opt(0.25, "T: the targets' temperature is T tau", range=(1e-3, 1))
+    final_sharpening: float = opt(0.25, "T at the end of its linear schedule", range=(1e-3, 1))
+    sinkhorn_iterations: int = opt(3, "0 leaves Sinkhorn out", range=(0, 1000))
+    memax_weight: float = opt(1.0, "lambda of equation (1)", range=(0, 10**6))
+    entropy_weight: float = opt(0.0, "weight of the mean entropy of single predictions", range=(0, 10**6))
+    label_smoothing: float = opt(0.0, "of the prototype labels", range=(0, 0.999))
+    prior_exponent: float = opt(0.0, "exponent of PMSN's power-law prior; 0 is uniform, which is me-max", range=(0, 10))
+    freeze_prototypes: bool = opt(False, "leave the prototypes where they were drawn (an ablation)")
+    # Optimisation
+    lr: float = opt(1e-3, "highest learning rate", range=(0, 100))
+    start_lr: float = opt(2e-4, "learning rate at the start of the warm-up", range=(0, 100))
+    final_lr: float = opt(1e-6, "learning rate at the end of the cosine", range=(0, 100))
+    warmup_epochs: float = opt(15.0, "length of the linear warm-up", range=(0, 10**6))
+    weight_decay: float = opt(0.04, "of AdamW, at the start of its cosine", range=(0, 100))
+    final_weight_decay: float = opt(0.4, "at the end", range=(0, 100))
+    clip_grad: float = opt(3.0, "joint norm to which the encoder's gradients are clipped", range=(1e-6, 10**9))
+    momentum: float = opt(0.996, "of the target encoder, at the start of its linear schedule", range=(0, 1))
+    final_momentum: float = opt(1.0, "at the end", range=(0, 1))
+    schedule_stretch: float = opt(1.25, "schedules are laid out over so many times the run, whose end they do not reach "
+                                  "(the published 1.25 keeps the last steps from being wasted at rate 0)", range=(1, 10))
+    # Machine
+    device: str = opt("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    precision: str = opt("auto", "auto: bfloat16 autocast where the hardware has it",
+                         choices=("auto", "float32", "bfloat16", "float64"))
+    gradient_checkpointing: bool = opt(False, "keep less, compute more")
+    compile: bool = opt(False, "torch.compile the encoders")
+    num_workers: int = opt(0, "processes that decode images", range=(0, 1000))
+    cache_mb: int = opt(1024, "decoded images to keep in memory, MiB, train and val each", range=(0, 10**7))
+    checkpoint_every: int = opt(500, "steps between checkpoints", range=(1, 10**9))
+    knn_every: int = opt(10, "epochs between k-NN evaluations; 0 for never", range=(0, 10**6))
+    knn_images: int = opt(20000, "training images that k-NN compares with, at most", range=(1, 10**9))
+
+    def __post_init__(self):
+        for f in fields(self):
+            check_range(f, getattr(self, f.name))
+        views = {self.image_size} | ({self.focal_size} if self.focal_views else set())
+        for size in views:
+            if size % self.patch_size:
+                below = max(size // self.patch_size, 1) * self.patch_size
+                raise UsageError(f"a view of {size} pixels is no whole number of patches of {self.patch_size}; use "
+                                 f"{below} or {below + self.patch_size}.")
+        if self.random_views + self.focal_views == 0:
+            raise UsageError("random_views and focal_views are both 0; give at least one anchor view.")
+        for name in ("crop_scale", "focal_scale", "blur_sigma"):
+            if getattr(self, name)[0] > getattr(self, name)[1]:
+                raise UsageError(f"{name}={getattr(self, name)} must be (low, high) with low <= high.")
+        try:
+            self.model_config()
+            num_patches_to_keep((self.image_size // self.patch_size) ** 2, self.mask_ratio)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+    def model_config(self) -> ViTMSNConfig:
+        """The architecture. Dropout is 0 in pretraining, whatever a hub config says."""
+        return ViTMSNConfig(hidden_size=self.hidden_size, num_hidden_layers=self.num_hidden_layers,
+                            num_attention_heads=self.num_attention_heads, patch_size=self.patch_size,
+                            intermediate_size=self.intermediate_size or 4 * self.hidden_size,
+                            image_size=self.image_size, drop_path_rate=self.drop_path_rate)
+
+
+def check_range(f, value) -> None:
+    """Raise UsageError if the value of field f is of another kind or outside its limits."""
+    values = value if f.type is tuple else (value,)
+    kinds = {int: (int,), bool: (bool,), str: (str,)}.get(f.type, (int, float))
+    wrong_kind = not isinstance(values, (tuple, list)) or any(
+        not isinstance(v, kinds) or (isinstance(v, bool) and f.type is not bool) for v in values)
+    if wrong_kind or (f.type is tuple and len(values) != 2):
+        raise UsageError(f"{f.name}={value!r} must be {'two numbers' if f.type is tuple else 'of type ' + f.type.__name__}.")
+    if "choices" in f.metadata and value not in f.metadata["choices"]:
+        raise UsageError(f"{f.name}={value!r} is not known; use one of {', '.join(f.metadata['choices'])}.")
+    low, high = f.metadata.get("range", (-math.inf, math.inf))
+    if "range" in f.metadata and not all(low <= v <= high for v in values):
+        raise UsageError(f"{f.name}={value!r} is out of range; use {low} to {high}.")
+
+
+def published(preset: str, mask_ratio: float, epochs: int, **changes) -> dict:
+    """The published pretraining of one shape (paper, Appendix A.1)."""
+    width, layers, heads, patch = PRESETS[preset]
+    # Views must be whole patches: 7-pixel patches tile 224, and of focal crops 98 is the nearest to 96.
+    return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "patch_size": patch,
+            "mask_ratio": mask_ratio, "epochs": epochs, "focal_size": 98 if patch == 7 else 96, **changes}
+
+
+SMALL = {  # what serves small images and short runs; the README's table of experiments says how it was found
+    "head_hidden_size": 512, "output_dim": 128, "warmup_epochs": 2.0, "lr": 1e-3, "momentum": 0.99,
+    "weight_decay": 0.04, "final_weight_decay": 0.1, "batch_size": 128, "schedule_stretch": 1.0}
+
+RECIPES = {
+    "demo": {**SMALL, "data": "synthetic", "epochs": 12, "image_size": 32, "patch_size": 4, "hidden_size": 96,
+             "num_hidden_layers": 3, "num_attention_heads": 3, "focal_views": 2, "focal_size": 16,
+             "num_prototypes": 64, "head_hidden_size": 256, "blur": 0.0, "mask_ratio": 0.3, "knn_every": 2},
+    "cifar10": {**SMALL, "data": "cifar10", "epochs": 100, "image_size": 32, "patch_size": 4, "hidden_size": 192,
+                "num_hidden_layers": 6, "num_attention_heads": 3, "focal_views": 4, "focal_size": 16,
+                "num_prototypes": 128, "blur": 0.0, "knn_every": 5},
+    "imagenette": {**SMALL, "data": "imagenette", "epochs": 30, "image_size": 64, "patch_size": 8, "hidden_size": 192,
+                   "num_hidden_layers": 6, "num_attention_heads": 3, "focal_views": 4, "focal_size": 32,
+                   "num_prototypes": 128, "blur": 0.0, "knn_every": 3},
+    "small-16": published("small-16", 0.15, 800),
+    "base-16": published("base-16", 0.3, 600),
+    "large-16": published("large-16", 0.5, 600),
+    "base-8": published("base-8", 0.3, 600),
+    "base-4": published("base-4", 0.7, 300),
+    "large-7": published("large-7", 0.7, 200),
+}
+# Flags that a resumed run may change, because the result is the same.
+FREE_TO_CHANGE = ("resume", "output_dir", "num_workers", "max_steps", "checkpoint_every", "knn_every", "cache_mb")
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """One --flag for each field of a dataclass; those that are not given stay out of the result."""
+    for f in fields(config_class):
+        flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})"
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            kind = {"type": float, "nargs": 2} if f.type is tuple else {"type": f.type}
+            parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"),
+                                choices=f.metadata.get("choices"), **kind)
+
+
+def make_config(given: dict) -> TrainConfig:
+    """The recipe's settings, changed by the flags that were given."""
+    recipe = given.get("recipe", "demo")
+    if recipe not in RECIPES:
+        raise UsageError(f"recipe={recipe!r} is not known; use one of {', '.join(RECIPES)}.")
+    return TrainConfig(**{**RECIPES[recipe], "recipe": recipe, **given})
+
+
+def run_program(main, argv: list[str] | None = None) -> int:
+    """Run a command line: errors are one line for people, unless --debug asks for the traceback. -> exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        main([a for a in argv if a != "--debug"])
+        return 0
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def generator_for(seed: int, *stream: int) -> torch.Generator:
+    """A generator that is a pure function of the seed and of what it is for: STREAMS' name, epoch, step, rank."""
+    state = np.random.SeedSequence([seed, *stream]).generate_state(2)
+    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
+
+
+ORDER, VIEWS, MASKS, DROPOUT, IMAGES = range(5)  # streams of random numbers
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: built-in images, CIFAR-10, or a folder. An image is uint8, c height width.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """images: b c height width, uint8, smaller ones in the top left corner; sizes: b 2, height and width of each;
+    indices: which images these are; unreadable: files for which the next readable one stands in."""
+    images: Tensor
+    sizes: Tensor
+    indices: list[int]
+    unreadable: list[str]
+
+
+class ImagesInMemory(Dataset):
+    """Images of one size. images: n c height width."""
+
+    def __init__(self, images: Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        sizes = torch.tensor(self.images.shape[-2:]).expand(len(indices), 2)
+        return Batch(self.images[indices], sizes, indices, [])
+
+
+class ImageFiles(Dataset):
+    """Images that are read when they are asked for. Pictures whose shorter side is over `side` pixels are reduced to
+    it: a batch of camera pictures would not fit into memory. Decoded ones are kept up to `cache_bytes`."""
+
+    def __init__(self, paths: list[Path], side: int, cache_bytes: int):
+        self.paths, self.side, self.free_bytes = paths, side, cache_bytes
+        self.cache: dict[int, Tensor] = {}
+        sample = range(0, len(paths), max(len(paths) // 32, 1))
+        readable = sum(self.read(i) is not None for i in sample)
+        if 2 * readable <= len(sample):
+            raise ValueError(f"of {len(sample)} files looked at in {paths[0].parent}, only {readable} are readable "
+                             "images; check the folder.")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, i: int) -> Tensor | None:
+        """The image, or None if the file is no readable image."""
+        if i in self.cache:
+            return self.cache[i]
+        try:
+            pixels = load_image(self.paths[i], self.side)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError, OverflowError, TypeError,
+                IndexError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, EOFError):
+            return None  # what Pillow's parsers raise on damaged files
+        if pixels.nbytes <= self.free_bytes:
+            self.cache[i] = pixels
+            self.free_bytes -= pixels.nbytes
+        return pixels
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        images, used, unreadable = [], [], []
+        for i in indices:
+            for j in range(i, i + len(self)):  # the next readable image, the same whoever reads
+                pixels = self.read(j % len(self))
+                if pixels is not None:
+                    break
+                unreadable.append(str(self.paths[j % len(self)]))
+            images.append(pixels)
+            used.append(j % len(self))
+        sizes = torch.tensor([image.shape[-2:] for image in images])
+        canvas = torch.zeros(len(images), 3, *sizes.amax(dim=0).tolist(), dtype=torch.uint8)
+        for row, image in zip(canvas, images, strict=True):
+            row[:, :image.shape[1], :image.shape[2]] = image
+        return Batch(canvas, sizes, used, unreadable)
+
+
+def load_image(path: Path, side: int) -> Tensor:
+    """A picture file as uint8 3 height width, upright, its shorter side at most `side` (the longer: four times)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit, as an error
+        with Image.open(path) as image:
+            image.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size where that is enough
+            image = to_rgb(image)
+    scale = min(1, side / min(image.size), 4 * side / max(image.size))
+    if scale < 1:
+        image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR, reducing_gap=2)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class Images(NamedTuple):
+    """A data set. Labels are class numbers, or None where there are none; val is None if there is no such part."""
+    classes: list[str]
+    train: Dataset
+    train_labels: Tensor | None
+    val: Dataset | None
+    val_labels: Tensor | None
+
+
+def open_data(config: TrainConfig) -> Images:
+    """What --data names: synthetic, cifar10, or a folder."""
+    if config.data == "synthetic":
+        return synthetic_images(config.seed)
+    if config.data == "cifar10":
+        return cifar10_images(Path(config.data_dir))
+    return folder_images(Path(config.data), 2 * config.image_size, config.cache_mb * 2**20)
+
+
+TEXTURES = ("stripes", "checks", "dots", "waves", "honeycomb", "bricks", "zigzag", "rings", "blobs", "grain")
+
+
+def draw_texture(kind: int, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Grey textures of one kind in [-1, 1], each with its own turn, period and phase. -> count size size."""
+    shape = (count, 1, 1)
+    turn, period = rng.uniform(0, 2 * np.pi, shape), rng.uniform(7, 10, shape)
+    y, x = np.mgrid[:size, :size]
+    u = 2 * np.pi * (np.cos(turn) * x + np.sin(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
+    v = 2 * np.pi * (-np.sin(turn) * x + np.cos(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
+    if kind in (8, 9):  # noise, smoothed by 2 pixels or not at all
+        noise = rng.standard_normal((count, size, size))
+        if kind == 8:
+            f2 = np.fft.fftfreq(size)[:, None] ** 2 + np.fft.fftfreq(size) ** 2
+            noise = np.fft.ifft2(np.fft.fft2(noise) * np.exp(-f2 * (2 * np.pi * 1.5) ** 2 / 2)).real * 5
+        return np.tanh(noise)
+    third = [np.cos(u), np.cos(-u / 2 + v * 0.866), np.cos(-u / 2 - v * 0.866)]
+    row = np.floor(v / np.pi)
+    return [
+        lambda: np.tanh(3 * np.sin(u)),
+        lambda: np.tanh(6 * np.sin(u / 1.4) * np.sin(v / 1.4)),
+        lambda: np.tanh(4 * (np.cos(u) + np.cos(v) - 0.9)),
+        lambda: np.tanh(3 * np.sin(u + 1.5 * np.sin(v / 1.5))),
+        lambda: np.tanh(3 * (sum(third) + 0.3)),
+        lambda: 1 - 2 * ((np.cos(v * 2) > 0.75) | (np.cos(u / 1.2 + np.pi * (row % 2)) > 0.9)),
+        lambda: np.tanh(3 * np.sin(u + 2.2 * np.arcsin(np.sin(v / 1.6)))),
+        lambda: np.tanh(3 * np.sin(2.2 * np.hypot((u / 2.5) % (2 * np.pi) - np.pi, (v / 2.5) % (2 * np.pi) - np.pi))),
+    ][kind]()
+
+
+def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 32) -> Images:
+    """Ten kinds of grey texture. The class is what any two crops of an image have in common; place, turn, period and
+    contrast are not, so raw pixels say little. (In colour, colour tells images apart, and the method learns that.)"""
+    rng = np.random.default_rng([seed, IMAGES])
+    total, kinds = train + val, len(TEXTURES)
+    labels = np.arange(total) % kinds
+    pixels = np.empty((total, size, size), np.float32)
+    for kind in range(kinds):
+        pixels[labels == kind] = draw_texture(kind, int((labels == kind).sum()), size, rng)
+    contrast = rng.uniform(0.4, 1, (total, 1, 1)) * rng.choice([-1, 1], (total, 1, 1))
+    pixels = 127.5 + 90 * contrast * pixels + rng.uniform(-30, 30, (total, 1, 1)) + rng.normal(0, 6, pixels.shape)
+    images = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).unsqueeze(1).repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(labels)
+    return Images(list(TEXTURES), ImagesInMemory(images[:train]), labels[:train], ImagesInMemory(images[train:]),
+                  labels[train:])
+
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+
+
+class CifarUnpickler(pickle.Unpickler):
+    """CIFAR-10's files are pickles. This one knows numpy arrays and plain values, and refuses to call anything else."""
+    ALLOWED = {("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct if hasattr(np, "_core")
+               else np.core.multiarray._reconstruct, ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise ValueError(f"it asks for {module}.{name}, which no CIFAR-10 file does")
+        return self.ALLOWED[module, name]
+
+
+def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
+    """One of the original batches -> images n 3 32 32 (uint8), labels n."""
+    try:
+        content = CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        pixels, labels = np.asarray(content[b"data"]), torch.tensor(content[b"labels"])
+        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072) or not 0 <= labels.min() <= labels.max() < 10:
+            raise ValueError(f"data is {pixels.dtype} {pixels.shape} with {len(labels)} labels")
+        return torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), labels
+    except OSError:
+        raise
+    except Exception as error:  # an unpickler fed with garbage raises every kind there is
+        raise ValueError(f"{path} is no CIFAR-10 python batch: {error}") from None
+
+
+def cifar10_images(data_dir: Path) -> Images:
+    """The data_batch_* files that are there; if there are none, the archive is downloaded, checked and unpacked."""
+    folder = next((f for f in (data_dir, data_dir / "cifar-10-batches-py") if (f / "test_batch").is_file()), None)
+    if folder is None:
+        folder = download_cifar10(data_dir)
+    batches = sorted(folder.glob("data_batch_[1-5]"))
+    if not batches:
+        raise FileNotFoundError(f"{folder} has a test_batch but no data_batch_1 ... data_batch_5.")
+    parts = [read_cifar_batch(path) for path in batches]
+    val, val_labels = read_cifar_batch(folder / "test_batch")
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    return Images(classes, ImagesInMemory(torch.cat([p[0] for p in parts])), torch.cat([p[1] for p in parts]),
+                  ImagesInMemory(val), val_labels)
+
+
+def download_cifar10(data_dir: Path) -> Path:
+    """Fetch the archive from the authors' page, check it, unpack its batches (and nothing else) into data_dir."""
+    print(f"downloading {CIFAR10_URL} (163 MiB)", flush=True)
+    with urllib.request.urlopen(CIFAR10_URL, timeout=60) as response:
+        archive = response.read()
+    if hashlib.sha256(archive).hexdigest() != CIFAR10_SHA256:
+        raise ValueError(f"{CIFAR10_URL} is not the published file (its SHA-256 differs); nothing was unpacked.")
+    folder = data_dir / "cifar-10-batches-py"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+            write_file(folder / name, tar.extractfile(f"cifar-10-batches-py/{name}").read())
+    return folder
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """All picture files below a folder, in a fixed order. Raises UsageError if there are none."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; pass one that holds images.")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not paths:
+        raise UsageError(f"{folder} holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}).")
+    return paths
+
+
+def folder_images(folder: Path, side: int, cache_bytes: int) -> Images:
+    """train/CLASS/* and val/CLASS/* (only CLASS folders: labels), or any tree of images without labels."""
+    train = image_paths(folder / "train" if (folder / "train").is_dir() else folder)
+    val = image_paths(folder / "val") if (folder / "val").is_dir() else []
+    if not val or any(path.parent.parent != folder / "train" for path in train):
+        return Images([], ImageFiles(train, side, cache_bytes), None, None, None)
+    classes = sorted({path.parent.name for path in train})
+    unknown = sorted({path.parent.name for path in val} - set(classes))
+    if unknown:
+        raise UsageError(f"{folder / 'val'} has classes that train lacks: {', '.join(unknown[:5])}.")
+    labels = [torch.tensor([classes.index(path.parent.name) for path in paths]) for paths in (train, val)]
+    return Images(classes, ImageFiles(train, side, cache_bytes), labels[0], ImageFiles(val, side, cache_bytes), labels[1])
+
+
+class StepBatches:
+    """Which images each step of this process takes: the epoch's order is drawn from (seed, epoch), the global batch of
+    the step is a stretch of it, and the process takes its rows."""
+
+    def __init__(self, config: TrainConfig, num_images: int, first_step: int, last_step: int, rows: slice):
+        self.config, self.num_images, self.rows = config, num_images, rows
+        self.steps = range(first_step, last_step)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self):
+        size, drawn_for = self.config.batch_size, None
+        for step in self.steps:
+            epoch, place = divmod(step, self.num_images // size)
+            if epoch != drawn_for:
+                order = torch.randperm(self.num_images, generator=generator_for(self.config.seed, ORDER, epoch))
+                drawn_for = epoch
+            yield order[place * size:(place + 1) * size][self.rows].tolist()
+
+
+def same(batch: Batch) -> Batch:
+    """The collate function: images come as batches already."""
+    return batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur; whole batches on the training device
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Uniform numbers per view and image. They are drawn on the CPU for the global batch, whatever the number of processes.
+TRIES = 10  # of a crop that fits
+DRAWS = {"crop": 2 * TRIES + 2, "flip": 1, "jitter": 1, "factors": 4, "order": 4, "grey": 1, "blur": 2}
+
+
+def crop_boxes(u: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:
+    """Random resized crop: area uniform in `scale`, aspect ratio log-uniform in [3/4, 4/3], the first of ten tries that
+    fits, else the largest square in the middle. u: b 22 in [0, 1), sizes: b 2 -> b 4 (top, left, height, width)."""
+    height, width = sizes.double().unbind(dim=1)
+    area = (scale[0] + (scale[1] - scale[0]) * u[:, :TRIES].double()) * (height * width)[:, None]
+    ratio = (math.log(3 / 4) + math.log(16 / 9) * u[:, TRIES:2 * TRIES].double()).exp()
+    w, h = (area * ratio).sqrt().round().clamp(min=1), (area / ratio).sqrt().round().clamp(min=1)
+    fits = (w <= width[:, None]) & (h <= height[:, None])
+    first = fits.int().argmax(dim=1, keepdim=True)
+    square = torch.minimum(height, width)
+    h, w = (torch.where(fits.any(dim=1), x.gather(1, first)[:, 0], square) for x in (h, w))
+    place = torch.where(fits.any(dim=1)[:, None], u[:, 2 * TRIES:].double(), 0.5)
+    top, left = (place[:, 0] * (height - h + 1)).floor(), (place[:, 1] * (width - w + 1)).floor()
+    return torch.stack([top, left, h, w], dim=1).long()
+
+
+def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> Tensor:
+    """One axis of a bilinear resize with antialiasing (Pillow's): pixels start ... start + length - 1 of num_inputs become
+    `size`, each a triangle-weighted mean of those around its centre. start, length: b -> b size num_inputs."""
+    scale = (length / size).float()[:, None, None]
+    centre = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    position = torch.arange(num_inputs, device=start.device) + 0.5
+    weights = (1 - (position - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    end = (start + length)[:, None, None]
+    weights = weights * ((position > start[:, None, None]) & (position < end))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Cut a box out of each image and resize it, as two matrix products per image; a flip reverses one of them.
+
+    images: b c height width (uint8, on the device), boxes: b 4, flip: b (both on the CPU) -> b c size size in [0, 1].
+    """
+    # Every box is cut out as a window of the largest one, so that the products run over no more than that.
+    window = boxes[:, 2:].amax(dim=0)
+    corner = torch.minimum(boxes[:, :2], torch.tensor(images.shape[-2:]) - window)
+    start = boxes[:, :2] - corner
+    height, width = window.tolist()
+    rows = resize_matrix(start[:, 0], boxes[:, 2], height, size)
+    columns = resize_matrix(start[:, 1], boxes[:, 3], width, size)
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    windows = images.unfold(2, height, 1).unfold(3, width, 1)  # a view: nothing is copied before the next line
+    top, left = corner.to(images.device).unbind(dim=1)
+    cut = windows[torch.arange(len(images), device=images.device), :, top, left].float() / 255
+    half = torch.bmm(rearrange(cut, "b c h w -> b (c h) w"), columns.to(images.device).transpose(1, 2))
+    half = rearrange(half, "b (c h) w -> b h (c w)", h=height)
+    return rearrange(torch.bmm(rows.to(images.device), half), "b h (c w) -> b c h w", w=size)
+
+
+def to_grey(pixels: Tensor) -> Tensor:
+    """Luma of RGB (ITU-R 601-2, as Pillow). pixels: b 3 h w -> b 1 h w."""
+    return (pixels * pixels.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1, keepdim=True)
+
+
+def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` of a full circle; saturation and value stay. pixels: b 3 h w, shift: b 1 1 1."""
+    value, which = pixels.max(dim=1, keepdim=True)
+    chroma = value - pixels.amin(dim=1, keepdim=True)
+    red, green, blue = pixels.split(1, dim=1)
+    over = torch.where(which == 0, green - blue, torch.where(which == 1, blue - red, red - green))
+    hue = over / chroma.clamp(min=1e-8) + 2 * which + 6 * shift  # in sixths of the circle
+    sector = (hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6
+    return value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
+
+
+def blend(pixels: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+    """factor * pixels + (1 - factor) * other, kept in [0, 1]."""
+    return (other + factor * (pixels - other)).clamp(0, 1)
+
+
+COLOR_OPERATIONS = (  # brightness, contrast, saturation, hue, as torchvision and Pillow define them
+    lambda x, f: blend(x, 0.0, f),
+    lambda x, f: blend(x, to_grey(x).mean(dim=(1, 2, 3), keepdim=True), f),
+    lambda x, f: blend(x, to_grey(x), f),
+    adjust_hue,
+)
+
+
+def color_jitter(pixels: Tensor, strength: float, apply: Tensor, u_factors: Tensor, u_order: Tensor) -> Tensor:
+    """SimCLR's colour jitter: four adjustments in an order of each image's own. pixels: b 3 h w in [0, 1]; apply: b;
+    u_factors, u_order: b 4 (the last three on the CPU: which rows a step takes is known without asking the device)."""
+    spread = strength * torch.tensor([0.8, 0.8, 0.8, 0.2])
+    factors = torch.cat([(1 - spread[:3]).clamp(min=0), -spread[3:]]) + u_factors * torch.cat(
+        [(1 + spread[:3]) - (1 - spread[:3]).clamp(min=0), 2 * spread[3:]])
+    order = u_order.argsort(dim=1)
+    for place in range(4):
+        for kind, operation in enumerate(COLOR_OPERATIONS):
+            rows = (apply & (order[:, place] == kind)).nonzero()[:, 0]
+            if len(rows):
+                factor, rows = factors[rows, kind].to(pixels.device)[:, None, None, None], rows.to(pixels.device)
+                pixels[rows] = operation(pixels[rows], factor)
+    return pixels
+
+
+def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
+    """Blur by a Gaussian, as one matrix product per axis; weights that fall outside are left out. sigma: b, in pixels."""
+    place = torch.arange(pixels.shape[-1], device=pixels.device)
+    weights = (-0.5 * ((place[:, None] - place) / sigma[:, None, None]) ** 2).softmax(dim=-1)[:, None]
+    return weights @ pixels @ weights.transpose(-1, -2)
+
+
+def draw_views(batch: int, views: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """All uniform numbers that the views of a batch need: name -> v b count."""
+    return {name: torch.rand(views, batch, count, generator=generator) for name, count in DRAWS.items()}
+
+
+def make_view(batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size: int, scale: tuple) -> Tensor:
+    """One view of each image as the network sees it. draws: name -> b count (on the CPU) -> b 3 size size."""
+    boxes = crop_boxes(draws["crop"], batch.sizes, scale)
+    pixels = crop_and_resize(batch.images, boxes, draws["flip"][:, 0] < config.flip, size)
+    if config.color_jitter > 0:
+        pixels = color_jitter(pixels, config.color_jitter, draws["jitter"][:, 0] < config.jitter, draws["factors"],
+                              draws["order"])
+    grey = (draws["grey"][:, 0] < config.grey).nonzero()[:, 0].to(pixels.device)
+    if len(grey):
+        pixels[grey] = to_grey(pixels[grey]).expand(-1, 3, -1, -1)
+    blurred = (draws["blur"][:, 0] < config.blur).nonzero()[:, 0]
+    if len(blurred):
+        low, high = config.blur_sigma
+        sigma = (low + (high - low) * draws["blur"][blurred, 1]).to(pixels.device)
+        blurred = blurred.to(pixels.device)
+        pixels[blurred] = gaussian_blur(pixels[blurred], sigma)
+    return normalize(pixels)
+
+
+def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Target view, then the anchor views (random, focal), and the patches to keep of each anchor view.
+
+    A pure function of the images and of (seed, step): `rows` are this process's rows of the global batch.
+    """
+    count = 1 + config.random_views + config.focal_views
+    draws = draw_views(config.batch_size, count, generator_for(config.seed, VIEWS, step))
+    if config.anchor_view != "own":  # paper, table 9: the anchor is the target's own view, perhaps in other colours
+        for name in draws if config.anchor_view == "target" else ("crop", "flip", "grey", "blur"):
+            draws[name][1:1 + config.random_views] = draws[name][:1]
+    views = []
+    for v in range(count):
+        size, scale = ((config.image_size, config.crop_scale) if v <= config.random_views
+                       else (config.focal_size, config.focal_scale))
+        views.append(make_view(batch, {name: u[v, rows] for name, u in draws.items()}, config, size, scale))
+    sample = sample_patches_to_keep if config.masking == "random" else sample_patches_to_keep_blockwise
+    masks, patches = generator_for(config.seed, MASKS, step), (config.image_size // config.patch_size) ** 2
+    keep = [sample(config.batch_size, patches, config.mask_ratio, masks)[rows].to(batch.images.device, non_blocking=True)
+            for _ in range(config.random_views)]
+    return views, keep + [None] * config.focal_views
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules (Appendix A.1)
+# ----------------------------------------------------------------------------------------------------------------------
+
+def linear(step: float, total_steps: float, start: float, final: float) -> float:
+    """From start, exact at step 0, to final at total_steps."""
+    return start + (final - start) * step / total_steps
+
+
+def cosine(step: float, total_steps: float, start: float, final: float) -> float:
+    """Half a cosine from start at step 0 to final at total_steps; does not turn back after that."""
+    return final + (start - final) * (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2
+
+
+def warmup_cosine(step: float, warmup_steps: int, total_steps: int, start: float, peak: float, final: float) -> float:
+    """Linear from start to peak in warmup_steps, then a cosine to final at total_steps."""
+    if step < warmup_steps:
+        return linear(step, warmup_steps, start, peak)
+    return max(final, cosine(step - warmup_steps, max(1, total_steps - warmup_steps), peak, final))
+
+
+class StepValues(NamedTuple):
+    """What the schedules say for one step."""
+    lr: float
+    weight_decay: float
+    momentum: float
+    sharpening: float
+
+
+def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepValues:
+    """A pure function of the step (from 0). As published, learning rate and weight decay are advanced before they are
+    used, momentum and sharpening after, and all are laid out over `schedule_stretch` times the run."""
+    stretched = config.schedule_stretch * steps_per_epoch * config.epochs
+    warmup = int(config.warmup_epochs * steps_per_epoch)
+    return StepValues(
+        lr=warmup_cosine(step + 1, warmup, int(stretched), config.start_lr, config.lr, config.final_lr),
+        weight_decay=cosine(step + 1, int(stretched), config.weight_decay, config.final_weight_decay),
+        momentum=linear(step, stretched, config.momentum, config.final_momentum),
+        sharpening=linear(step, stretched, config.sharpening, config.final_sharpening))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many processes: the only place that knows of torch.distributed. One process needs none of it.
+# ----------------------------------------------------------------------------------------------------------------------
+
+class AllReduceSum(torch.autograd.Function):
+    """Sum over all processes. Each process's loss depends on every process's x, so gradients are summed the same way."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return AllReduceSum.apply(grad)
+
+
+def all_processes(x: Tensor, op: str) -> Tensor:
+    """The reduction that vitmsn.msn_loss asks for: "sum" (with its gradient) or "max" (without) over all processes."""
+    if op == "sum":
+        return AllReduceSum.apply(x)
+    x = x.detach().clone()
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+class GlobalBatchNorm1d(nn.BatchNorm1d):
+    """Batch norm with the statistics of the batch of all processes (torch's own refuses CPU tensors). x: rows d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        working = x.to(self.weight.dtype)
+        count = len(x) * dist.get_world_size()
+        mean = all_processes(working.sum(dim=0), "sum") / count
+        variance = all_processes((working - mean).square().sum(dim=0), "sum") / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return ((working - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this is, and on which device it computes."""
+    rank: int
+    count: int
+    device: torch.device
+
+    def rows(self, batch_size: int) -> slice:
+        """This process's rows of the global batch."""
+        share = batch_size // self.count
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def agree(self, flag: bool) -> bool:
+        """True on every process if it is on any."""
+        if self.count == 1:
+            return flag
+        return bool(all_processes(torch.tensor(int(flag), device=self.device), "max"))
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def start_processes(config: TrainConfig) -> Processes:
+    """Join the process group that torchrun describes in the environment; without torchrun, one process."""
+    count, rank, local = (int(os.environ.get(name, default)) for name, default in
+                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise UsageError("device='cuda' but torch sees no CUDA device; use --device cpu, or a CUDA build of torch.")
+    use_cuda = cuda and config.device != "cpu"
+    if use_cuda and local >= torch.cuda.device_count():
+        raise UsageError(f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} are there); "
+                         "start fewer processes, or use --device cpu.")
+    if config.batch_size % count or config.batch_size // count < 2:
+        raise UsageError(f"batch_size={config.batch_size} can't be shared evenly by {count} processes, two images or "
+                         f"more each; use {max(2, math.ceil(config.batch_size / count)) * count}.")
+    if use_cuda:
+        torch.cuda.set_device(local)
+    if count > 1:
+        # The first process evaluates while the others wait for it: longer than the usual ten minutes if need be.
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=60))
+    return Processes(rank, count, torch.device("cuda", local) if use_cuda else torch.device("cpu"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One training step
+# ----------------------------------------------------------------------------------------------------------------------
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """auto is bfloat16 where matrix products in it are fast: CUDA from Ampere on, CPUs with AMX."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
+    return "bfloat16" if has_amx() else "float32"
+
+
+def build_model(config: TrainConfig, processes: Processes) -> ViTMSNForPreTraining:
+    """The Masked Siamese Network of these settings, its weights a function of the seed alone."""
+    torch.manual_seed(config.seed)
+    model = ViTMSNForPreTraining(
+        config.model_config(), config.head_hidden_size, config.output_dim, config.num_prototypes,
+        temperature=config.temperature, sharpening=config.sharpening, sinkhorn_iterations=config.sinkhorn_iterations,
+        memax_weight=config.memax_weight, entropy_weight=config.entropy_weight, label_smoothing=config.label_smoothing,
+        prior_exponent=config.prior_exponent, all_reduce=all_processes if processes.count > 1 else one_process)
+    if config.init_from:
+        new = model.load_pretrained(config.init_from)
+        print(f"starting from {config.init_from}; new are: {', '.join(new) or 'none'}", flush=True)
+    model.prototypes.requires_grad_(not config.freeze_prototypes)
+    # On a CPU, with a backward pass and sequences this short, the written-out attention is the faster one (bench.py
+    # train --attn shows it); in bfloat16 by far. On a GPU the fused kernel is.
+    model.anchor_encoder.set_attn_implementation("sdpa" if processes.device.type == "cuda" else "eager")
+    if config.gradient_checkpointing:
+        model.anchor_encoder.gradient_checkpointing_enable()
+    if processes.count > 1:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.__class__ = GlobalBatchNorm1d
+    if config.precision == "float64":
+        model.double()
+    return model.to(processes.device).train()
+
+
+def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[dict]:
+    """For AdamW. Decayed: encoder parameters of two or more dimensions, as published with class token and positions
+    among them. Not decayed: biases and norms; the prototypes."""
+    encoder = list(model.anchor_encoder.parameters())
+    return [{"params": [p for p in encoder if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in encoder if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [model.prototypes], "weight_decay": 0.0}]
+
+
+def make_optimizer(model: ViTMSNForPreTraining, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW in one fused kernel per group: it reads and writes each parameter once."""
+    return torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: Tensor, anchor_views: list[Tensor],
+               patches_to_keep: list[Tensor | None], now: StepValues, clip_grad: float,
+               precision: str = "float32") -> tuple[MSNLoss, Tensor]:
+    """One update of anchor encoder, prototypes and target encoder -> terms of the loss, norm of the encoder's gradient.
+
+    model: ViTMSNForPreTraining, or it in DistributedDataParallel. Raises FloatingPointError, before anything has
+    changed, if the loss or a gradient is not finite.
+    """
+    network = model.module if isinstance(model, DistributedDataParallel) else model
+    with torch.autocast(target_view.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        loss = model(target_view, anchor_views, patches_to_keep, now.sharpening)
+    optimizer.zero_grad(set_to_none=True)
+    loss.loss.backward()
+    # As published, the prototypes' gradient is not part of the norm and is not clipped.
+    grad_norm = nn.utils.clip_grad_norm_(network.anchor_encoder.parameters(), clip_grad, foreach=True)
+    proto_grad = network.prototypes.grad
+    check = torch.stack([loss.loss.detach(), grad_norm] + ([] if proto_grad is None else [proto_grad.abs().max()]))
+    if not torch.isfinite(check).all():  # the one place where the host waits for the device
+        raise FloatingPointError(
+            f"loss {loss.loss.item():.4g} (cross-entropy {loss.cross_entropy.item():.4g}, me-max "
+            f"{loss.memax.item():.4g}, entropy {loss.entropy.item():.4g}), gradient norm {grad_norm.item():.4g}")
+    for group in optimizer.param_groups:
+        group["lr"] = now.lr
+        group["weight_decay"] = now.weight_decay if group["weight_decay"] else 0.0
+    optimizer.step()
+    network.update_target(now.momentum)
+    return loss, grad_norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation: k nearest neighbours of frozen features
+# ----------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int], size: int, device: torch.device,
+                 batch_size: int = 256) -> tuple[Tensor, list[int]]:
+    """Features of whole images, squashed to `size`: the class token before the final norm, or (encoder None) raw pixels.
+
+    -> rows d, float32, on the CPU, and which images they are: unreadable ones are left out.
+    """
+    features, kept = [], []
+    for first in range(0, len(indices), batch_size):
+        wanted = indices[first:first + batch_size]
+        batch = images.__getitems__(wanted)
+        right = [row for row, (a, b) in enumerate(zip(wanted, batch.indices, strict=True)) if a == b]
+        boxes = torch.cat([torch.zeros_like(batch.sizes), batch.sizes], dim=1)
+        whole = crop_and_resize(batch.images.to(device), boxes, torch.zeros(len(boxes), dtype=torch.bool), size)
+        pixels = normalize(whole[right])
+        state = pixels.flatten(1) if encoder is None else encoder.class_token(pixels, interpolate_pos_encoding=True)
+        features.append(state.float().cpu())
+        kept += [batch.indices[row] for row in right]
+    return torch.cat(features), kept
+
+
+def knn_predict(train_features: Tensor, train_labels: Tensor, features: Tensor, k: int = 20,
+                temperature: float = 0.07) -> Tensor:
+    """Class of each row by its k nearest training rows: cosine similarity, votes weighted by exp(similarity / T).
+
+    train_features: n d, train_labels: n, features: m d -> m. k is at most n.
+    """
+    train_features, features = F.normalize(train_features, dim=-1), F.normalize(features, dim=-1)
+    classes = int(train_labels.max()) + 1
+    predicted = []
+    for rows in features.split(1024):
+        similarity, nearest = (rows @ train_features.T).topk(min(k, len(train_features)), dim=-1)
+        # Subtracting the row's maximum changes no vote and keeps exp() finite at any temperature.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes = torch.zeros(len(rows), classes).scatter_add_(1, train_labels[nearest], weights)
+        predicted.append(votes.argmax(dim=-1))
+    return torch.cat(predicted)
+
+
+def knn_accuracy(encoder: ViTMSNModel | None, data: Images, config: TrainConfig, device: torch.device, k: int = 20,
+                 temperature: float = 0.07) -> float:
+    """Share of validation images that k-NN on the training images gets right. encoder None: raw pixels."""
+    bank = torch.linspace(0, len(data.train) - 1, min(config.knn_images, len(data.train))).long().tolist()
+    train, train_kept = embed_images(encoder, data.train, bank, config.image_size, device)
+    val, val_kept = embed_images(encoder, data.val, list(range(len(data.val))), config.image_size, device)
+    predicted = knn_predict(train, data.train_labels[train_kept], val, k, temperature)
+    return (predicted == data.val_labels[val_kept]).float().mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run's folder: settings, metrics, checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+METRICS = ("step", "epoch", "loss", "cross_entropy", "memax", "entropy", "prototypes_used", "top_assignment",
+           "grad_norm", "lr", "weight_decay", "momentum", "sharpening", "images_per_second", "elapsed_seconds")
+
+
+class Table:
+    """A CSV file that grows by rows and, when a run is resumed, loses those after the checkpoint."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...], keep_before: int):
+        rows = [row for row in read_table(path) if int(row["step"]) < keep_before]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(path, text.getvalue().encode())
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+
+    def add(self, *values) -> None:
+        """One more row; floats are written so that they read back the same."""
+        self.file.write(",".join(map(str, values)) + "\n")
+
+    def flush(self) -> None:
+        """To the disk, before a checkpoint says that these rows are there."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a CSV file; none if it is not there. A last row that was cut off is left out."""
+    if not path.is_file():
+        return []
+    whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
+    return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values() and row["step"].isdigit()]
+
+
+def save_checkpoint(folder: Path, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer, config: TrainConfig,
+                    step: int, elapsed: float) -> None:
+    """All that resuming needs: no state of random generators, as every draw is a function of seed and step.
+
+    Both encoders are stored as the original release stores them, so whatever reads vits16_800ep.pth.tar reads this.
+    The checkpoint before stays, as checkpoint-previous.pt.
+    """
+    channels = model.config.num_channels
+    content = {
+        "target_encoder": to_original(model.target_encoder.state_dict(), channels),
+        "encoder": to_original(model.anchor_encoder.state_dict(), channels), "prototypes": model.prototypes.detach(),
+        "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed, "config": asdict(config),
+        "model_config": model.config.to_dict()}
+    last, previous = folder / "checkpoint.pt", folder / "checkpoint-previous.pt"
+    write_file(folder / "checkpoint-next.pt", lambda file: torch.save(content, file))
+    if last.is_file():
+        os.replace(last, previous)
+    os.replace(folder / "checkpoint-next.pt", last)
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The newest whole checkpoint of a run; a damaged one is named and the one before it taken. None if there is none."""
+    found = [folder / name for name in ("checkpoint-next.pt", "checkpoint.pt", "checkpoint-previous.pt")]
+    found = [path for path in found if path.is_file()]
+    for path in found:
+        try:
+            content = read_tensors(path)
+            if missing := {"target_encoder", "encoder", "prototypes", "optimizer", "step", "config"} - content.keys():
+                raise ValueError(f"{path} is no checkpoint of train_msn.py: it lacks {', '.join(sorted(missing))}.")
+            return content
+        except ValueError as error:
+            print(f"{error} Trying the checkpoint before it.", file=sys.stderr, flush=True)
+    if found:
+        raise ValueError(f"no checkpoint in {folder} can be read; start again in another folder.")
+    return None
+
+
+def restore(content: dict, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's content back. Raises ValueError if it is of another architecture or not finite."""
+    tensors = [v for name in ("target_encoder", "encoder") for v in content[name].values()] + [content["prototypes"]]
+    if not all(torch.isfinite(v).all() for v in tensors):
+        raise ValueError("the checkpoint holds weights that are not finite.")
+    try:
+        model.target_encoder.load_state_dict(from_original(content["target_encoder"]))
+        model.anchor_encoder.load_state_dict(from_original(content["encoder"]))
+        with torch.no_grad():
+            model.prototypes.copy_(content["prototypes"])
+        optimizer.load_state_dict(content["optimizer"])
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"the checkpoint does not fit these settings: {error}") from None
+
+
+def choose_folder(config: TrainConfig) -> Path:
+    """The run's folder: as asked for, else the newest of this recipe (--resume) or the next free number."""
+    if config.output_dir:
+        return Path(config.output_dir)
+    taken = sorted(int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{config.recipe}-*")
+                   if p.name.rpartition("-")[2].isdigit())
+    number = taken[-1] if taken and config.resume else taken[-1] + 1 if taken else 1
+    return Path("runs") / f"{config.recipe}-{number:03d}"
+
+
+def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
+    """Settings and checkpoint of a run that starts or goes on in `folder`.
+
+    Raises UsageError if the folder holds a run and --resume was not given, or a flag contradicts the saved settings.
+    """
+    config = make_config(given)
+    content = load_checkpoint(folder) if config.resume else None
+    if content is None:
+        if not config.resume and (folder / "config.json").exists():
+            raise UsageError(f"{folder} holds a run already; go on with it by --resume, or choose another --output-dir.")
+        if config.resume:
+            print(f"there is no checkpoint in {folder}: starting from the beginning", flush=True)
+        return config, None
+    saved = {name: tuple(v) if isinstance(v, list) else v for name, v in content["config"].items()}
+    for name, value in given.items():
+        if name not in FREE_TO_CHANGE and saved.get(name) != (tuple(value) if isinstance(value, list) else value):
+            raise UsageError(f"--{name.replace('_', '-')} {value} contradicts the run in {folder}, which was started "
+                             f"with {saved.get(name)}; leave the flag out, or start another run.")
+    known = {f.name for f in fields(TrainConfig)}
+    changed = {name: value for name, value in given.items() if name in FREE_TO_CHANGE}
+    return TrainConfig(**{**{name: v for name, v in saved.items() if name in known}, "max_steps": 0, **changed}), content
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+def to_picture(pixels: Tensor) -> np.ndarray:
+    """A normalised image as uint8. pixels: 3 h w -> h w 3."""
+    std, mean = (pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_STD, IMAGENET_MEAN))
+    return ((pixels.float() * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def show_mask(picture: np.ndarray, keep: Tensor | None, patch_size: int) -> np.ndarray:
+    """The picture with its dropped patches in grey."""
+    if keep is None:
+        return picture
+    side = picture.shape[0] // patch_size
+    kept = np.isin(np.arange(side * side), keep.cpu().numpy()).reshape(side, side)
+    return np.where(kept.repeat(patch_size, 0).repeat(patch_size, 1)[..., None], picture, 190).astype(np.uint8)
+
+
+def save_sheet(path: Path, rows: list[list[np.ndarray]], header: list[str], cell: int = 96) -> None:
+    """A table of pictures, each in a square cell, the columns named."""
+    sheet = Image.new("RGB", (len(header) * (cell + 4), len(rows) * (cell + 4) + 16), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(header):
+        draw.text((column * (cell + 4) + 2, 2), title, fill="black")
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            image = Image.fromarray(picture)
+            # All views of an image at one scale, so that a focal view is seen to be the smaller one.
+            largest = max(max(p.shape) for p in row)
+            image = image.resize([max(1, s * cell // largest) for s in image.size], Image.Resampling.NEAREST)
+            sheet.paste(image, (c * (cell + 4), 16 + r * (cell + 4)))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    write_file(path, buffer.getvalue())
+
+
+def save_views(path: Path, views: list[Tensor], keep: list[Tensor | None], patch_size: int, random_views: int) -> None:
+    """A sheet of what the network sees: for a few images the target view and the anchor views with their masks."""
+    header = ["target view"] + [f"random {i + 1}" if i < random_views else f"focal {i - random_views + 1}"
+                                for i in range(len(views) - 1)]
+    rows = [[show_mask(to_picture(view[b]), None if mask is None else mask[b], patch_size)
+             for view, mask in zip(views, [None, *keep], strict=True)] for b in range(min(6, len(views[0])))]
+    save_sheet(path, [row[:8] for row in rows], header[:8])
+
+
+def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, config: TrainConfig, device: torch.device) -> None:
+    """A sheet of validation images, each with its nearest training images by cosine similarity."""
+    images = data.val or data.train
+    queries = torch.linspace(0, len(images) - 1, 8).long().tolist()
+    bank = torch.linspace(0, len(data.train) - 1, min(2000, len(data.train))).long().tolist()
+    (query, query_kept), (train, train_kept) = (
+        embed_images(encoder, part, which, config.image_size, device) for part, which in ((images, queries), (data.train, bank)))
+    similarity = F.normalize(query, dim=-1) @ F.normalize(train, dim=-1).T
+    nearest = similarity.topk(min(7, len(train)), dim=-1).indices
+
+    def picture(part, i):
+        batch = part.__getitems__([i])
+        return batch.images[0][:, :batch.sizes[0, 0], :batch.sizes[0, 1]].permute(1, 2, 0).numpy()
+
+    save_sheet(path, [[picture(images, q), *(picture(data.train, train_kept[j]) for j in near)]
+                      for q, near in zip(query_kept, nearest.tolist(), strict=True)],
+               ["query", *(f"nearest {i + 1}" for i in range(nearest.shape[1]))])
+
+
+COLORS = ("#1f5fa8", "#c8501e", "#2f8a4a", "#7a4fa0", "#8a6d1f", "#555555")
+
+
+def save_plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: bool = False) -> None:
+    """Line plots side by side: panel title -> series name -> points (x, y)."""
+    width, height, pad = 360, 260, 48
+    sheet = Image.new("RGB", (width * len(panels), height + 16 * max(map(len, panels.values()))), "white")
+    draw = ImageDraw.Draw(sheet)
+    for p, (title, series) in enumerate(panels.items()):
+        points = [point for line in series.values() for point in line if math.isfinite(point[1])]
+        if not points:
+            continue
+        across = [math.log10(x) if log_x else x for x, _ in points]
+        x0, x1, y0, y1 = min(across), max(across), min(y for _, y in points), max(y for _, y in points)
+        left, right, top, bottom = p * width + pad, (p + 1) * width - 16, 28, height - 28
+
+        def place(x, y, left=left, right=right, top=top, bottom=bottom, x0=x0, x1=x1, y0=y0, y1=y1):
+            x = math.log10(x) if log_x else x
+            return (left + (right - left) * (x - x0) / ((x1 - x0) or 1), bottom - (bottom - top) * (y - y0) / ((y1 - y0) or 1))
+
+        draw.rectangle((left, top, right, bottom), outline="#bbbbbb")
+        draw.text((left, 8), title, fill="black")
+        for y in (y0, (y0 + y1) / 2, y1):
+            draw.text((p * width + 4, place(points[0][0], y)[1] - 6), f"{y:.3g}", fill="#555555")
+        for x in sorted({x for x, _ in points})[:: max(1, len({x for x, _ in points}) - 1)]:
+            draw.text((place(x, y0)[0] - 12, bottom + 4), f"{x:g}", fill="#555555")
+        for s, (name, line) in enumerate(series.items()):
+            color = COLORS[s % len(COLORS)]
+            draw.line([place(x, y) for x, y in line if math.isfinite(y)], fill=color, width=2)
+            draw.text((left, height - 8 + 16 * s), f"- {name}", fill=color)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    write_file(path, buffer.getvalue())
+
+
+def save_curves(folder: Path) -> None:
+    """curves.png: the terms of the loss, prototypes in use and k-NN against the step, from the run's tables."""
+    rows, knn = read_table(folder / "metrics.csv"), read_table(folder / "knn.csv")
+    every = max(1, len(rows) // 300)
+
+    def curve(name):
+        return [(int(row["step"]), float(row[name])) for row in rows[::every]]
+
+    save_plot(folder / "curves.png", {
+        "loss": {name: curve(name) for name in ("loss", "cross_entropy", "memax", "entropy")},
+        "prototypes in use": {"prototypes_used": curve("prototypes_used")},
+        "k-NN accuracy": {"target encoder": [(int(row["step"]), float(row["accuracy"])) for row in knn]}})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Progress:
+    """Live progress on a terminal, a plain line now and then in a file."""
+
+    def __init__(self, first_step: int, last_step: int, batch_size: int, elapsed: float):
+        self.first, self.last, self.batch_size, self.before = first_step, last_step, batch_size, elapsed
+        self.live = sys.stdout.isatty()
+        self.start = self.step_start = self.shown = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds of all sittings of this run."""
+        return self.before + time.perf_counter() - self.start
+
+    def rate(self) -> float:
+        """Images per second of the step that just ended."""
+        now, before = time.perf_counter(), self.step_start
+        self.step_start = now
+        return self.batch_size / (now - before)
+
+    def show(self, step: int, epoch: float, loss: MSNLoss, now: StepValues) -> None:
+        """At most twice a second on a terminal, every 20 seconds in a file; the last step always."""
+        clock = time.perf_counter()
+        if clock - self.shown < (0.5 if self.live else 20) and step + 1 < self.last:
+            return
+        self.shown, done = clock, step + 1 - self.first
+        left = (clock - self.start) / done * (self.last - step - 1)
+        line = (f"step {step + 1}/{self.last}  epoch {epoch:.1f}  loss {loss.loss.item():.3f} = ce "
+                f"{loss.cross_entropy.item():.3f} + me-max {loss.memax.item():.3f}  prototypes {loss.prototypes_used.item()}"
+                f"  lr {now.lr:.1e}  {self.batch_size * done / (clock - self.start):.0f} images/s  "
+                f"{timedelta(seconds=round(left))} left")
+        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM ask the loop to end after its step; a second one ends the program at once."""
+
+    def __init__(self):
+        self.received = ""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        """The handler: remember which signal it was."""
+        self.received = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+
+def announce(config: TrainConfig, folder: Path, data: Images, model: nn.Module, steps: int) -> None:
+    """What is about to happen, in a few lines; the settings themselves go to config.json."""
+    parameters = sum(p.numel() for p in model.anchor_encoder.parameters() if p.requires_grad)
+    print(f"run folder {folder}: recipe {config.recipe}, seed {config.seed}, {steps} steps of {config.batch_size} images")
+    print(f"data {config.data}: {len(data.train)} training images" + (
+        f", {len(data.val)} validation images of {len(data.classes)} classes" if data.val else ", no labels"))
+    print(f"model: width {config.hidden_size}, {config.num_hidden_layers} layers, patches of {config.patch_size} at "
+          f"{config.image_size} pixels, {parameters / 1e6:.2f} M parameters with the projection head, "
+          f"{config.num_prototypes} prototypes")
+    print(f"views: 1 target, {config.random_views} random (mask ratio {config.mask_ratio}), {config.focal_views} focal "
+          f"of {config.focal_size} pixels; {config.precision} on {next(model.parameters()).device}, "
+          f"{model.anchor_encoder.config.attn_implementation} attention", flush=True)
+
+
+def report_unreadable(batch: Batch, seen: set[str]) -> None:
+    """Name each file that can't be read once."""
+    for path in set(batch.unreadable) - seen:
+        seen.add(path)
+        print(f"\n{path} is no readable image ({len(seen)} so far); the next one stands in", file=sys.stderr, flush=True)
+
+
+def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: TrainConfig, step: int,
+               progress: Progress) -> None:
+    """The encoder as a folder that transformers loads, the pictures, and the comparison with what needs no training."""
+    encoder = ViTMSNModel(config.model_config())
+    encoder.load_state_dict({k: v for k, v in model.target_encoder.state_dict().items() if not k.startswith("fc.")})
+    encoder.save_pretrained(folder / "encoder")
+    save_neighbours(folder / "neighbours.png", model.target_encoder, data, config, model.prototypes.device)
+    save_curves(folder)
+    summary = {"step": step, "minutes": round(progress.elapsed() / 60, 2)}
+    if data.val is not None:
+        device = model.prototypes.device
+        untrained = build_model(replace(config, init_from=""), Processes(0, 1, device)).target_encoder
+        for name, candidate in (("target encoder", model.target_encoder), ("untrained encoder", untrained),
+                                ("raw pixels", None)):
+            summary[name] = round(knn_accuracy(candidate, data, config, device), 4)
+            print(f"k-NN accuracy, {name + ':':<19} {summary[name]:.3f}", flush=True)
+    write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    print(f"done in {summary['minutes']} minutes: {folder}/encoder, curves.png, neighbours.png, views.png", flush=True)
+
+
+def train(config: TrainConfig, folder: Path, content: dict | None, processes: Processes) -> None:
+    """The whole run: set up, loop, finish."""
+    config = replace(config, precision=choose_precision(config.precision, processes.device))
+    data = open_data(config)
+    if len(data.train) < config.batch_size:
+        raise UsageError(f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; use a "
+                         "smaller batch.")
+    steps_per_epoch = len(data.train) // config.batch_size
+    last_step = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+    first_step = 0 if content is None else content["step"]
+    if content and first_step >= last_step and (folder / "summary.json").exists():
+        print(f"{folder} is finished ({first_step} steps); nothing to do", flush=True)
+        return
+    network = build_model(config, processes)
+    optimizer = make_optimizer(network, config)
+    if content:
+        restore(content, network, optimizer)
+        print(f"going on in {folder} after {first_step} steps", flush=True)
+    model = DistributedDataParallel(network, broadcast_buffers=False) if processes.count > 1 else network
+    rows, chief = processes.rows(config.batch_size), processes.rank == 0
+    if chief:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "config.json", json.dumps(asdict(config), indent=2).encode())
+        announce(config, folder, data, network, last_step)
+        metrics = Table(folder / "metrics.csv", METRICS, first_step)
+        knn = Table(folder / "knn.csv", ("step", "epoch", "accuracy"), first_step + 1)
+    stop, unreadable = StopSignal(), set()
+    progress = Progress(first_step, last_step, config.batch_size, content["elapsed"] if content else 0.0)
+    batches = StepBatches(config, len(data.train), first_step, last_step, rows)
+    loader = DataLoader(data.train, batch_sampler=batches, collate_fn=same, num_workers=config.num_workers)
+    for step, batch in enumerate(loader, first_step):
+        torch.manual_seed(generator_for(config.seed, DROPOUT, step, processes.rank).initial_seed())
+        report_unreadable(batch, unreadable)
+        views, keep = make_views(batch._replace(images=batch.images.to(processes.device)), config, step, rows)
+        now, epoch = schedule_at(config, step, steps_per_epoch), (step + 1) / steps_per_epoch
+        try:
+            loss, grad_norm = train_step(model, optimizer, views[0], views[1:], keep, now, config.clip_grad, config.precision)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step} is not finite: {error}. Nothing of it was kept; the last good "
+                                     f"checkpoint is {folder / 'checkpoint.pt'}.") from None
+        stopping = processes.agree(bool(stop.received)) or step + 1 == last_step
+        if chief:
+            terms = (loss.loss, loss.cross_entropy, loss.memax, loss.entropy, loss.prototypes_used, loss.top_assignment,
+                     grad_norm)
+            metrics.add(step, epoch, *(x.item() for x in terms), *now, progress.rate(), progress.elapsed())
+            progress.show(step, epoch, loss, now)
+            if step == 0:
+                save_views(folder / "views.png", views, keep, config.patch_size, config.random_views)
+            if data.val is not None and config.knn_every and (step + 1) % (config.knn_every * steps_per_epoch) == 0:
+                accuracy = knn_accuracy(network.target_encoder, data, config, processes.device)
+                knn.add(step + 1, epoch, accuracy)
+                print(f"{chr(10) if progress.live else ''}epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}", flush=True)
+            if stopping or (step + 1) % config.checkpoint_every == 0:
+                metrics.flush(), knn.flush()
+                save_checkpoint(folder, network, optimizer, config, step + 1, progress.elapsed())
+        if stopping:
+            break
+    if chief and stop.received:
+        print(f"\nstopped by {stop.received} after step {step + 1}; go on with the same command and --resume "
+              f"--output-dir {folder}", flush=True)
+    elif chief:
+        finish_run(folder, network, data, config, last_step, progress)
+    processes.wait()
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, TrainConfig)
+    given = vars(parser.parse_args(argv))
+    config = make_config(given)
+    processes = start_processes(config)
+    folder = choose_folder(config)
+    config, content = settle(given, folder)
+    train(config, folder, content, processes)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
