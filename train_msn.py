@@ -364,31 +364,39 @@ def open_data(config: TrainConfig) -> Images:
 TEXTURES = ("stripes", "checks", "dots", "waves", "honeycomb", "bricks", "zigzag", "rings", "blobs", "grain")
 
 
+def smooth_noise(count: int, size: int, width: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise blurred by `width` pixels, of deviation 1. -> count size size."""
+    frequency = np.fft.fftfreq(size)[:, None] ** 2 + np.fft.fftfreq(size) ** 2
+    spectrum = np.fft.fft2(rng.standard_normal((count, size, size))) * np.exp(-2 * (np.pi * width) ** 2 * frequency)
+    noise = np.fft.ifft2(spectrum).real
+    return noise / noise.std(axis=(1, 2), keepdims=True)
+
+
 def draw_texture(kind: int, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Grey textures of one kind in [-1, 1], each with its own turn, period and phase. -> count size size."""
+    """Grey textures of one kind, each with its own turn, period, phase and bends. -> count size size."""
     shape = (count, 1, 1)
-    turn, period = rng.uniform(0, 2 * np.pi, shape), rng.uniform(7, 10, shape)
+    turn, period = rng.uniform(0, 2 * np.pi, shape), rng.uniform(5, 9, shape)
     y, x = np.mgrid[:size, :size]
+    # Bent, so that no two images match pixel by pixel.
+    x, y = (axis + WARP * smooth_noise(count, size, 5, rng) for axis in (x, y))
     u = 2 * np.pi * (np.cos(turn) * x + np.sin(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
     v = 2 * np.pi * (-np.sin(turn) * x + np.cos(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
-    if kind in (8, 9):  # noise, smoothed by 2 pixels or not at all
-        noise = rng.standard_normal((count, size, size))
-        if kind == 8:
-            f2 = np.fft.fftfreq(size)[:, None] ** 2 + np.fft.fftfreq(size) ** 2
-            noise = np.fft.ifft2(np.fft.fft2(noise) * np.exp(-f2 * (2 * np.pi * 1.5) ** 2 / 2)).real * 5
-        return np.tanh(noise)
     third = [np.cos(u), np.cos(-u / 2 + v * 0.866), np.cos(-u / 2 - v * 0.866)]
-    row = np.floor(v / np.pi)
     return [
         lambda: np.tanh(3 * np.sin(u)),
         lambda: np.tanh(6 * np.sin(u / 1.4) * np.sin(v / 1.4)),
         lambda: np.tanh(4 * (np.cos(u) + np.cos(v) - 0.9)),
         lambda: np.tanh(3 * np.sin(u + 1.5 * np.sin(v / 1.5))),
         lambda: np.tanh(3 * (sum(third) + 0.3)),
-        lambda: 1 - 2 * ((np.cos(v * 2) > 0.75) | (np.cos(u / 1.2 + np.pi * (row % 2)) > 0.9)),
+        lambda: 1 - 2.0 * ((np.cos(v * 2) > 0.75) | (np.cos(u / 1.2 + np.pi * (np.floor(v / np.pi) % 2)) > 0.9)),
         lambda: np.tanh(3 * np.sin(u + 2.2 * np.arcsin(np.sin(v / 1.6)))),
         lambda: np.tanh(3 * np.sin(2.2 * np.hypot((u / 2.5) % (2 * np.pi) - np.pi, (v / 2.5) % (2 * np.pi) - np.pi))),
+        lambda: np.tanh(2 * smooth_noise(count, size, 1.5, rng)),
+        lambda: np.tanh(2 * smooth_noise(count, size, 0.3, rng)),
     ][kind]()
+
+
+WARP = 1.5
 
 
 def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 32) -> Images:
@@ -400,8 +408,10 @@ def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 
     pixels = np.empty((total, size, size), np.float32)
     for kind in range(kinds):
         pixels[labels == kind] = draw_texture(kind, int((labels == kind).sum()), size, rng)
+    pixels -= pixels.mean(axis=(1, 2), keepdims=True)  # neither brightness nor contrast may give the kind away
+    pixels /= pixels.std(axis=(1, 2), keepdims=True)
     contrast = rng.uniform(0.4, 1, (total, 1, 1)) * rng.choice([-1, 1], (total, 1, 1))
-    pixels = 127.5 + 90 * contrast * pixels + rng.uniform(-30, 30, (total, 1, 1)) + rng.normal(0, 6, pixels.shape)
+    pixels = 127.5 + 60 * contrast * pixels + rng.uniform(-30, 30, (total, 1, 1)) + rng.normal(0, 6, pixels.shape)
     images = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).unsqueeze(1).repeat(1, 3, 1, 1)
     labels = torch.from_numpy(labels)
     return Images(list(TEXTURES), ImagesInMemory(images[:train]), labels[:train], ImagesInMemory(images[train:]),
@@ -778,6 +788,10 @@ class Processes:
         if self.count == 1:
             return flag
         return bool(all_processes(torch.tensor(int(flag), device=self.device), "max"))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over all processes."""
+        return x if self.count == 1 else all_processes(x, "sum") / self.count
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -1202,16 +1216,15 @@ class Progress:
         self.step_start = now
         return self.batch_size / (now - before)
 
-    def show(self, step: int, epoch: float, loss: MSNLoss, now: StepValues) -> None:
+    def show(self, step: int, epoch: float, terms: list[float], used: int, now: StepValues) -> None:
         """At most twice a second on a terminal, every 20 seconds in a file; the last step always."""
         clock = time.perf_counter()
         if clock - self.shown < (0.5 if self.live else 20) and step + 1 < self.last:
             return
         self.shown, done = clock, step + 1 - self.first
         left = (clock - self.start) / done * (self.last - step - 1)
-        line = (f"step {step + 1}/{self.last}  epoch {epoch:.1f}  loss {loss.loss.item():.3f} = ce "
-                f"{loss.cross_entropy.item():.3f} + me-max {loss.memax.item():.3f}  prototypes {loss.prototypes_used.item()}"
-                f"  lr {now.lr:.1e}  {self.batch_size * done / (clock - self.start):.0f} images/s  "
+        line = (f"step {step + 1}/{self.last}  epoch {epoch:.1f}  loss {terms[0]:.3f}  cross-entropy {terms[1]:.3f}  "
+                f"me-max {terms[2]:.3f}  prototypes {used}  lr {now.lr:.1e}  {self.batch_size * done / (clock - self.start):.0f} images/s  "
                 f"{timedelta(seconds=round(left))} left")
         print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
@@ -1312,11 +1325,12 @@ def train(config: TrainConfig, folder: Path, content: dict | None, processes: Pr
             raise FloatingPointError(f"step {step} is not finite: {error}. Nothing of it was kept; the last good "
                                      f"checkpoint is {folder / 'checkpoint.pt'}.") from None
         stopping = processes.agree(bool(stop.received)) or step + 1 == last_step
+        terms = processes.mean(torch.stack([loss.loss.detach(), loss.cross_entropy.detach(), loss.memax.detach(),
+                                            loss.entropy.detach(), loss.top_assignment, grad_norm])).tolist()
         if chief:
-            terms = (loss.loss, loss.cross_entropy, loss.memax, loss.entropy, loss.prototypes_used, loss.top_assignment,
-                     grad_norm)
-            metrics.add(step, epoch, *(x.item() for x in terms), *now, progress.rate(), progress.elapsed())
-            progress.show(step, epoch, loss, now)
+            used = loss.prototypes_used.item()
+            metrics.add(step, epoch, *terms[:4], used, *terms[4:], *now, progress.rate(), progress.elapsed())
+            progress.show(step, epoch, terms, used, now)
             if step == 0:
                 save_views(folder / "views.png", views, keep, config.patch_size, config.random_views)
             if data.val is not None and config.knn_every and (step + 1) % (config.knn_every * steps_per_epoch) == 0:

@@ -1,0 +1,74 @@
+"""The number of processes changes nothing: same batch, views, masks, losses and weights."""
+import csv
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from runs import TINY, finish, make_pictures, run_here, start
+
+import vitmsn
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def flags(pictures, folder, *more):
+    return (*TINY, "--data", pictures, "--output-dir", folder, "--precision", "float64", "--max-steps", "10",
+            "--memax-weight", "2", "--knn-every", "0", *more)
+
+
+@pytest.fixture(scope="module")
+def alone(pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert run_here(*flags(pictures, folder)) == 0
+    return folder
+
+
+def losses(folder):
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return torch.tensor([[float(row[k]) for k in ("loss", "cross_entropy", "memax", "entropy", "prototypes_used",
+                                                  "grad_norm")] for row in rows], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_many_processes_give_the_losses_and_weights_of_one(count, pictures, alone, tmp_path):
+    status, printed = finish(start(*flags(pictures, tmp_path / "run"), processes=count))
+    assert status == 0, printed
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), rtol=1e-5, atol=1e-9)
+    one, many = (vitmsn.read_tensors(folder / "checkpoint.pt") for folder in (alone, tmp_path / "run"))
+    torch.testing.assert_close(many["prototypes"], one["prototypes"], rtol=0, atol=1e-5)
+    for name in one["encoder"]:
+        for part in ("encoder", "target_encoder"):
+            torch.testing.assert_close(many[part][name], one[part][name], rtol=0, atol=1e-5, msg=f"{part} {name}")
+
+
+def test_a_batch_that_the_processes_cant_share_evenly_is_refused(pictures, tmp_path):
+    status, printed = finish(start(*flags(pictures, tmp_path / "run", "--batch-size", "7"), processes=2))
+    assert status != 0 and "can't be shared evenly by 2 processes" in printed
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job_and_max_restarts_goes_on_from_the_checkpoint(pictures, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*flags(pictures, folder, "--epochs", "100000", "--max-steps", "0", "--checkpoint-every", "1"), processes=2)
+
+
+
+
+    while not (folder / "checkpoint.pt").exists():
+        time.sleep(0.1)
+        assert process.poll() is None
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    began = time.time()
+    status, _ = finish(process, 120)
+    assert status != 0 and time.time() - began < 90
+    status, printed = finish(start(*flags(pictures, folder, "--resume", "--epochs", "100000", "--max-steps", "500",
+                                          "--checkpoint-every", "1"), processes=2), 300)
+    assert status == 0 and "going on" in printed
