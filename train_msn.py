@@ -44,9 +44,7 @@ from vitmsn import (
     sample_patches_to_keep_blockwise, to_original, to_rgb, write_file,
 )
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: one frozen dataclass, from which the command line is derived
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Settings: one frozen dataclass, from which the command line is derived ------------------------------------------
 
 
 class UsageError(ValueError):
@@ -186,19 +184,20 @@ def published(preset: str, mask_ratio: float, epochs: int, **changes) -> dict:
 
 
 SMALL = {  # what serves small images and short runs; the README's table of experiments says how it was found
-    "head_hidden_size": 512, "output_dim": 128, "warmup_epochs": 2.0, "lr": 1e-3, "momentum": 0.99,
-    "weight_decay": 0.04, "final_weight_decay": 0.1, "batch_size": 128, "schedule_stretch": 1.0}
+    "head_hidden_size": 512, "output_dim": 128, "warmup_epochs": 2.0, "lr": 1e-3, "momentum": 0.9, "batch_size": 64,
+    "weight_decay": 0.04, "final_weight_decay": 0.1, "blur": 0.0, "schedule_stretch": 1.0}
 
 RECIPES = {
-    "demo": {**SMALL, "data": "synthetic", "epochs": 12, "image_size": 32, "patch_size": 4, "hidden_size": 96,
-             "num_hidden_layers": 3, "num_attention_heads": 3, "focal_views": 2, "focal_size": 16,
-             "num_prototypes": 64, "head_hidden_size": 256, "blur": 0.0, "mask_ratio": 0.3, "knn_every": 2},
+    "demo": {**SMALL, "data": "synthetic", "epochs": 10, "image_size": 32, "patch_size": 4, "hidden_size": 96,
+             "num_hidden_layers": 3, "num_attention_heads": 3, "focal_views": 2, "focal_size": 16, "knn_every": 2,
+             "num_prototypes": 64, "head_hidden_size": 256, "mask_ratio": 0.3, "crop_scale": (0.5, 1.0),
+             "focal_scale": (0.15, 0.4), "lr": 3e-3, "warmup_epochs": 1.0},
     "cifar10": {**SMALL, "data": "cifar10", "epochs": 100, "image_size": 32, "patch_size": 4, "hidden_size": 192,
                 "num_hidden_layers": 6, "num_attention_heads": 3, "focal_views": 4, "focal_size": 16,
-                "num_prototypes": 128, "blur": 0.0, "knn_every": 5},
+                "num_prototypes": 128, "knn_every": 5},
     "imagenette": {**SMALL, "data": "imagenette", "epochs": 30, "image_size": 64, "patch_size": 8, "hidden_size": 192,
                    "num_hidden_layers": 6, "num_attention_heads": 3, "focal_views": 4, "focal_size": 32,
-                   "num_prototypes": 128, "blur": 0.0, "knn_every": 3},
+                   "num_prototypes": 128, "knn_every": 3},
     "small-16": published("small-16", 0.15, 800),
     "base-16": published("base-16", 0.3, 600),
     "large-16": published("large-16", 0.5, 600),
@@ -255,9 +254,8 @@ def generator_for(seed: int, *stream: int) -> torch.Generator:
 
 ORDER, VIEWS, MASKS, DROPOUT, IMAGES = range(5)  # streams of random numbers
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: built-in images, CIFAR-10, or a folder. An image is uint8, c height width.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Data: built-in images, CIFAR-10, or a folder --------------------------------------------------------------------
+# An image is uint8, c height width.
 
 
 class Batch(NamedTuple):
@@ -378,7 +376,7 @@ def draw_texture(kind: int, count: int, size: int, rng: np.random.Generator) -> 
     turn, period = rng.uniform(0, 2 * np.pi, shape), rng.uniform(5, 9, shape)
     y, x = np.mgrid[:size, :size]
     # Bent, so that no two images match pixel by pixel.
-    x, y = (axis + WARP * smooth_noise(count, size, 5, rng) for axis in (x, y))
+    x, y = (axis + 1.5 * smooth_noise(count, size, 5, rng) for axis in (x, y))
     u = 2 * np.pi * (np.cos(turn) * x + np.sin(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
     v = 2 * np.pi * (-np.sin(turn) * x + np.cos(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
     third = [np.cos(u), np.cos(-u / 2 + v * 0.866), np.cos(-u / 2 - v * 0.866)]
@@ -394,9 +392,6 @@ def draw_texture(kind: int, count: int, size: int, rng: np.random.Generator) -> 
         lambda: np.tanh(2 * smooth_noise(count, size, 1.5, rng)),
         lambda: np.tanh(2 * smooth_noise(count, size, 0.3, rng)),
     ][kind]()
-
-
-WARP = 1.5
 
 
 def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 32) -> Images:
@@ -530,9 +525,7 @@ def same(batch: Batch) -> Batch:
     return batch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur; whole batches on the training device
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur; whole batches on the training device 
 
 # Uniform numbers per view and image. They are drawn on the CPU for the global batch, whatever the number of processes.
 TRIES = 10  # of a crop that fits
@@ -686,9 +679,7 @@ def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tup
     return views, keep + [None] * config.focal_views
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedules (Appendix A.1)
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Schedules (Appendix A.1) ----------------------------------------------------------------------------------------
 
 def linear(step: float, total_steps: float, start: float, final: float) -> float:
     """From start, exact at step 0, to final at total_steps."""
@@ -727,9 +718,8 @@ def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepVal
         sharpening=linear(step, stretched, config.sharpening, config.final_sharpening))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Many processes: the only place that knows of torch.distributed. One process needs none of it.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Many processes: the only place that knows of torch.distributed --------------------------------------------------
+# One process needs none of it.
 
 class AllReduceSum(torch.autograd.Function):
     """Sum over all processes. Each process's loss depends on every process's x, so gradients are summed the same way."""
@@ -821,9 +811,7 @@ def start_processes(config: TrainConfig) -> Processes:
     return Processes(rank, count, torch.device("cuda", local) if use_cuda else torch.device("cpu"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One training step
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- One training step -----------------------------------------------------------------------------------------------
 
 def choose_precision(wanted: str, device: torch.device) -> str:
     """auto is bfloat16 where matrix products in it are fast: CUDA from Ampere on, CPUs with AMX."""
@@ -904,9 +892,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
     return loss, grad_norm
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: k nearest neighbours of frozen features
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Evaluation: k nearest neighbours of frozen features -------------------------------------------------------------
 
 @torch.no_grad()
 def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int], size: int, device: torch.device,
@@ -915,7 +901,9 @@ def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int
 
     -> rows d, float32, on the CPU, and which images they are: unreadable ones are left out.
     """
-    features, kept = [], []
+    features, kept, training = [], [], encoder is not None and encoder.training
+    if training:
+        encoder.eval()
     for first in range(0, len(indices), batch_size):
         wanted = indices[first:first + batch_size]
         batch = images.__getitems__(wanted)
@@ -926,6 +914,8 @@ def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int
         state = pixels.flatten(1) if encoder is None else encoder.class_token(pixels, interpolate_pos_encoding=True)
         features.append(state.float().cpu())
         kept += [batch.indices[row] for row in right]
+    if training:
+        encoder.train()
     return torch.cat(features), kept
 
 
@@ -957,9 +947,7 @@ def knn_accuracy(encoder: ViTMSNModel | None, data: Images, config: TrainConfig,
     return (predicted == data.val_labels[val_kept]).float().mean().item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run's folder: settings, metrics, checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The run's folder: settings, metrics, checkpoints ----------------------------------------------------------------
 
 METRICS = ("step", "epoch", "loss", "cross_entropy", "memax", "entropy", "prototypes_used", "top_assignment",
            "grad_norm", "lr", "weight_decay", "momentum", "sharpening", "images_per_second", "elapsed_seconds")
@@ -969,12 +957,8 @@ class Table:
     """A CSV file that grows by rows and, when a run is resumed, loses those after the checkpoint."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], keep_before: int):
-        rows = [row for row in read_table(path) if int(row["step"]) < keep_before]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_file(path, text.getvalue().encode())
+        rows = [row.values() for row in read_table(path) if int(row["step"]) < keep_before]
+        write_file(path, "".join(",".join(row) + "\n" for row in (columns, *rows)).encode())
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def add(self, *values) -> None:
@@ -989,10 +973,8 @@ class Table:
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The whole rows of a CSV file; none if it is not there. A last row that was cut off is left out."""
-    if not path.is_file():
-        return []
-    whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
-    return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values() and row["step"].isdigit()]
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.is_file() else ""
+    return list(csv.DictReader(io.StringIO(whole)))
 
 
 def save_checkpoint(folder: Path, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer, config: TrainConfig,
@@ -1072,7 +1054,7 @@ def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
         return config, None
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in content["config"].items()}
     for name, value in given.items():
-        if name not in FREE_TO_CHANGE and saved.get(name) != (tuple(value) if isinstance(value, list) else value):
+        if name not in FREE_TO_CHANGE and value != "auto" and saved.get(name) != value:
             raise UsageError(f"--{name.replace('_', '-')} {value} contradicts the run in {folder}, which was started "
                              f"with {saved.get(name)}; leave the flag out, or start another run.")
     known = {f.name for f in fields(TrainConfig)}
@@ -1080,72 +1062,67 @@ def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
     return TrainConfig(**{**{name: v for name, v in saved.items() if name in known}, "max_steps": 0, **changed}), content
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Pictures --------------------------------------------------------------------------------------------------------
 
-def to_picture(pixels: Tensor) -> np.ndarray:
-    """A normalised image as uint8. pixels: 3 h w -> h w 3."""
+def to_picture(pixels: Tensor, keep: Tensor | None = None, patch_size: int = 1) -> np.ndarray:
+    """A normalised image as uint8, its dropped patches in grey. pixels: 3 h w, keep: kept -> h w 3."""
     std, mean = (pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_STD, IMAGENET_MEAN))
-    return ((pixels.float() * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
+    picture = ((pixels.float() * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
+    if keep is not None:
+        side = len(picture) // patch_size
+        kept = np.isin(np.arange(side * side), keep.cpu().numpy()).reshape(side, side)
+        picture = np.where(kept.repeat(patch_size, 0).repeat(patch_size, 1)[..., None], picture, np.uint8(190))
+    return picture
 
 
-def show_mask(picture: np.ndarray, keep: Tensor | None, patch_size: int) -> np.ndarray:
-    """The picture with its dropped patches in grey."""
-    if keep is None:
-        return picture
-    side = picture.shape[0] // patch_size
-    kept = np.isin(np.arange(side * side), keep.cpu().numpy()).reshape(side, side)
-    return np.where(kept.repeat(patch_size, 0).repeat(patch_size, 1)[..., None], picture, 190).astype(np.uint8)
-
-
-def save_sheet(path: Path, rows: list[list[np.ndarray]], header: list[str], cell: int = 96) -> None:
-    """A table of pictures, each in a square cell, the columns named."""
-    sheet = Image.new("RGB", (len(header) * (cell + 4), len(rows) * (cell + 4) + 16), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(header):
-        draw.text((column * (cell + 4) + 2, 2), title, fill="black")
-    for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
-            image = Image.fromarray(picture)
-            # All views of an image at one scale, so that a focal view is seen to be the smaller one.
-            largest = max(max(p.shape) for p in row)
-            image = image.resize([max(1, s * cell // largest) for s in image.size], Image.Resampling.NEAREST)
-            sheet.paste(image, (c * (cell + 4), 16 + r * (cell + 4)))
+def save_png(path: Path, image: Image.Image) -> None:
+    """Whole or not at all."""
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     write_file(path, buffer.getvalue())
 
 
-def save_views(path: Path, views: list[Tensor], keep: list[Tensor | None], patch_size: int, random_views: int) -> None:
+def save_sheet(path: Path, rows: list[list[np.ndarray]], header: list[str], cell: int = 96) -> None:
+    """A table of pictures, the columns named; those of a row at one scale, so a focal view is seen to be smaller."""
+    sheet = Image.new("RGB", (len(header) * (cell + 4), len(rows) * (cell + 4) + 16), "white")
+    for column, title in enumerate(header):
+        ImageDraw.Draw(sheet).text((column * (cell + 4) + 2, 2), title, fill="black")
+    for r, row in enumerate(rows):
+        largest = max(max(picture.shape) for picture in row)
+        for c, image in enumerate(map(Image.fromarray, row)):
+            image = image.resize([max(1, s * cell // largest) for s in image.size], Image.Resampling.NEAREST)
+            sheet.paste(image, (c * (cell + 4), 16 + r * (cell + 4)))
+    save_png(path, sheet)
+
+
+def save_views(path: Path, views: list[Tensor], keep: list[Tensor | None], config: TrainConfig) -> None:
     """A sheet of what the network sees: for a few images the target view and the anchor views with their masks."""
-    header = ["target view"] + [f"random {i + 1}" if i < random_views else f"focal {i - random_views + 1}"
-                                for i in range(len(views) - 1)]
-    rows = [[show_mask(to_picture(view[b]), None if mask is None else mask[b], patch_size)
-             for view, mask in zip(views, [None, *keep], strict=True)] for b in range(min(6, len(views[0])))]
-    save_sheet(path, [row[:8] for row in rows], header[:8])
+    header = ["target view", *(f"random {i + 1}" for i in range(config.random_views)),
+              *(f"focal {i + 1}" for i in range(config.focal_views))][:8]
+    rows = [[to_picture(view[b], None if mask is None else mask[b], config.patch_size)
+             for view, mask in zip(views[:8], [None, *keep][:8], strict=True)] for b in range(min(6, len(views[0])))]
+    save_sheet(path, rows, header)
 
 
-def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, config: TrainConfig, device: torch.device) -> None:
+def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, size: int, device: torch.device) -> None:
     """A sheet of validation images, each with its nearest training images by cosine similarity."""
-    images = data.val or data.train
-    queries = torch.linspace(0, len(images) - 1, 8).long().tolist()
-    bank = torch.linspace(0, len(data.train) - 1, min(2000, len(data.train))).long().tolist()
-    (query, query_kept), (train, train_kept) = (
-        embed_images(encoder, part, which, config.image_size, device) for part, which in ((images, queries), (data.train, bank)))
-    similarity = F.normalize(query, dim=-1) @ F.normalize(train, dim=-1).T
-    nearest = similarity.topk(min(7, len(train)), dim=-1).indices
+    queries, parts = data.val or data.train, []
+    for images, count in ((queries, 8), (data.train, 2000)):
+        which = torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
+        parts += embed_images(encoder, images, which, size, device)
+    query, query_kept, train, train_kept = parts
+    nearest = (F.normalize(query, dim=-1) @ F.normalize(train, dim=-1).T).topk(min(7, len(train)), dim=-1).indices
 
-    def picture(part, i):
-        batch = part.__getitems__([i])
+    def picture(images, i):
+        batch = images.__getitems__([i])
         return batch.images[0][:, :batch.sizes[0, 0], :batch.sizes[0, 1]].permute(1, 2, 0).numpy()
 
-    save_sheet(path, [[picture(images, q), *(picture(data.train, train_kept[j]) for j in near)]
+    save_sheet(path, [[picture(queries, q), *(picture(data.train, train_kept[j]) for j in near)]
                       for q, near in zip(query_kept, nearest.tolist(), strict=True)],
                ["query", *(f"nearest {i + 1}" for i in range(nearest.shape[1]))])
 
 
-COLORS = ("#1f5fa8", "#c8501e", "#2f8a4a", "#7a4fa0", "#8a6d1f", "#555555")
+COLORS = ("#1f5fa8", "#c8501e", "#2f8a4a", "#7a4fa0", "#8a6d1f", "#555555", "#c02070")
 
 
 def save_plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: bool = False) -> None:
@@ -1154,39 +1131,33 @@ def save_plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]
     sheet = Image.new("RGB", (width * len(panels), height + 16 * max(map(len, panels.values()))), "white")
     draw = ImageDraw.Draw(sheet)
     for p, (title, series) in enumerate(panels.items()):
-        points = [point for line in series.values() for point in line if math.isfinite(point[1])]
-        if not points:
-            continue
-        across = [math.log10(x) if log_x else x for x, _ in points]
-        x0, x1, y0, y1 = min(across), max(across), min(y for _, y in points), max(y for _, y in points)
-        left, right, top, bottom = p * width + pad, (p + 1) * width - 16, 28, height - 28
+        points = np.array([point for line in series.values() for point in line] or [(1, 0)], dtype=float)
+        low, high = points.min(axis=0), points.max(axis=0)
+        box = (p * width + pad, 28, (p + 1) * width - 16, height - 28)
 
-        def place(x, y, left=left, right=right, top=top, bottom=bottom, x0=x0, x1=x1, y0=y0, y1=y1):
-            x = math.log10(x) if log_x else x
-            return (left + (right - left) * (x - x0) / ((x1 - x0) or 1), bottom - (bottom - top) * (y - y0) / ((y1 - y0) or 1))
+        def place(x, y, box=box, low=low, high=high):
+            (x, x0, x1) = np.log10((x, low[0], high[0])) if log_x else (x, low[0], high[0])
+            return (box[0] + (box[2] - box[0]) * (x - x0) / ((x1 - x0) or 1),
+                    box[3] - (box[3] - box[1]) * (y - low[1]) / ((high[1] - low[1]) or 1))
 
-        draw.rectangle((left, top, right, bottom), outline="#bbbbbb")
-        draw.text((left, 8), title, fill="black")
-        for y in (y0, (y0 + y1) / 2, y1):
-            draw.text((p * width + 4, place(points[0][0], y)[1] - 6), f"{y:.3g}", fill="#555555")
-        for x in sorted({x for x, _ in points})[:: max(1, len({x for x, _ in points}) - 1)]:
-            draw.text((place(x, y0)[0] - 12, bottom + 4), f"{x:g}", fill="#555555")
+        draw.rectangle(box, outline="#bbbbbb")
+        draw.text((box[0], 8), title, fill="black")
+        for y in (low[1], (low[1] + high[1]) / 2, high[1]):
+            draw.text((p * width + 4, place(low[0], y)[1] - 6), f"{y:.3g}", fill="#555555")
+        for x in (low[0], high[0]):
+            draw.text((place(x, low[1])[0] - 12, box[3] + 4), f"{x:g}", fill="#555555")
         for s, (name, line) in enumerate(series.items()):
-            color = COLORS[s % len(COLORS)]
-            draw.line([place(x, y) for x, y in line if math.isfinite(y)], fill=color, width=2)
-            draw.text((left, height - 8 + 16 * s), f"- {name}", fill=color)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
-    write_file(path, buffer.getvalue())
+            draw.line([place(x, y) for x, y in line], fill=COLORS[s % len(COLORS)], width=2)
+            draw.text((box[0], height - 8 + 16 * s), f"- {name}", fill=COLORS[s % len(COLORS)])
+    save_png(path, sheet)
 
 
 def save_curves(folder: Path) -> None:
     """curves.png: the terms of the loss, prototypes in use and k-NN against the step, from the run's tables."""
     rows, knn = read_table(folder / "metrics.csv"), read_table(folder / "knn.csv")
-    every = max(1, len(rows) // 300)
 
     def curve(name):
-        return [(int(row["step"]), float(row[name])) for row in rows[::every]]
+        return [(int(row["step"]), float(row[name])) for row in rows[::max(1, len(rows) // 300)]]
 
     save_plot(folder / "curves.png", {
         "loss": {name: curve(name) for name in ("loss", "cross_entropy", "memax", "entropy")},
@@ -1194,39 +1165,39 @@ def save_curves(folder: Path) -> None:
         "k-NN accuracy": {"target encoder": [(int(row["step"]), float(row["accuracy"])) for row in knn]}})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The run ---------------------------------------------------------------------------------------------------------
 
-class Progress:
-    """Live progress on a terminal, a plain line now and then in a file."""
+class Record:
+    """What a run says: metrics.csv and knn.csv, live progress on a terminal, a plain line now and then in a file."""
 
-    def __init__(self, first_step: int, last_step: int, batch_size: int, elapsed: float):
-        self.first, self.last, self.batch_size, self.before = first_step, last_step, batch_size, elapsed
-        self.live = sys.stdout.isatty()
+    def __init__(self, folder: Path, config: TrainConfig, first_step: int, last_step: int, elapsed: float):
+        self.first, self.last, self.batch_size, self.before = first_step, last_step, config.batch_size, elapsed
+        self.metrics = Table(folder / "metrics.csv", METRICS, first_step)
+        self.knn = Table(folder / "knn.csv", ("step", "epoch", "accuracy"), first_step + 1)
         self.start = self.step_start = self.shown = time.perf_counter()
 
     def elapsed(self) -> float:
         """Seconds of all sittings of this run."""
         return self.before + time.perf_counter() - self.start
 
-    def rate(self) -> float:
-        """Images per second of the step that just ended."""
-        now, before = time.perf_counter(), self.step_start
-        self.step_start = now
-        return self.batch_size / (now - before)
-
-    def show(self, step: int, epoch: float, terms: list[float], used: int, now: StepValues) -> None:
-        """At most twice a second on a terminal, every 20 seconds in a file; the last step always."""
-        clock = time.perf_counter()
-        if clock - self.shown < (0.5 if self.live else 20) and step + 1 < self.last:
+    def step(self, step: int, epoch: float, terms: list[float], used: int, now: StepValues) -> None:
+        """A row for the step; a line twice a second on a terminal, every 20 seconds in a file, and for the last step."""
+        clock, live = time.perf_counter(), sys.stdout.isatty()
+        self.metrics.add(step, epoch, *terms[:4], used, *terms[4:], *now, self.batch_size / (clock - self.step_start),
+                         self.elapsed())
+        self.step_start = clock
+        if clock - self.shown < (0.5 if live else 20) and step + 1 < self.last:
             return
-        self.shown, done = clock, step + 1 - self.first
-        left = (clock - self.start) / done * (self.last - step - 1)
+        self.shown, pace = clock, (clock - self.start) / (step + 1 - self.first)
         line = (f"step {step + 1}/{self.last}  epoch {epoch:.1f}  loss {terms[0]:.3f}  cross-entropy {terms[1]:.3f}  "
-                f"me-max {terms[2]:.3f}  prototypes {used}  lr {now.lr:.1e}  {self.batch_size * done / (clock - self.start):.0f} images/s  "
-                f"{timedelta(seconds=round(left))} left")
-        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+                f"me-max {terms[2]:.3f}  prototypes {used}  lr {now.lr:.1e}  {self.batch_size / pace:.0f} images/s  "
+                f"{timedelta(seconds=round(pace * (self.last - step - 1)))} left")
+        print(f"\r\033[K{line}" if live else line, end="" if live else "\n", flush=True)
+
+    def evaluation(self, step: int, epoch: float, accuracy: float) -> None:
+        """The target encoder's k-NN accuracy after an epoch."""
+        self.knn.add(step, epoch, accuracy)
+        print(f"{chr(10) if sys.stdout.isatty() else ''}epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}", flush=True)
 
 
 class StopSignal:
@@ -1243,10 +1214,13 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
 
-def announce(config: TrainConfig, folder: Path, data: Images, model: nn.Module, steps: int) -> None:
-    """What is about to happen, in a few lines; the settings themselves go to config.json."""
+def announce(config: TrainConfig, folder: Path, data: Images, model: nn.Module, first: int, last: int) -> None:
+    """Write the settings to config.json, and say in a few lines what is about to happen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "config.json", json.dumps(asdict(config), indent=2).encode())
     parameters = sum(p.numel() for p in model.anchor_encoder.parameters() if p.requires_grad)
-    print(f"run folder {folder}: recipe {config.recipe}, seed {config.seed}, {steps} steps of {config.batch_size} images")
+    print(f"run folder {folder}: recipe {config.recipe}, seed {config.seed}, {last} steps of {config.batch_size} images"
+          + (f", going on after {first}" if first else ""))
     print(f"data {config.data}: {len(data.train)} training images" + (
         f", {len(data.val)} validation images of {len(data.classes)} classes" if data.val else ", no labels"))
     print(f"model: width {config.hidden_size}, {config.num_hidden_layers} layers, patches of {config.patch_size} at "
@@ -1265,16 +1239,15 @@ def report_unreadable(batch: Batch, seen: set[str]) -> None:
 
 
 def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: TrainConfig, step: int,
-               progress: Progress) -> None:
+               elapsed: float) -> None:
     """The encoder as a folder that transformers loads, the pictures, and the comparison with what needs no training."""
-    encoder = ViTMSNModel(config.model_config())
+    encoder, device = ViTMSNModel(config.model_config()), model.prototypes.device
     encoder.load_state_dict({k: v for k, v in model.target_encoder.state_dict().items() if not k.startswith("fc.")})
     encoder.save_pretrained(folder / "encoder")
-    save_neighbours(folder / "neighbours.png", model.target_encoder, data, config, model.prototypes.device)
+    save_neighbours(folder / "neighbours.png", model.target_encoder, data, config.image_size, device)
     save_curves(folder)
-    summary = {"step": step, "minutes": round(progress.elapsed() / 60, 2)}
+    summary = {"step": step, "minutes": round(elapsed / 60, 2)}
     if data.val is not None:
-        device = model.prototypes.device
         untrained = build_model(replace(config, init_from=""), Processes(0, 1, device)).target_encoder
         for name, candidate in (("target encoder", model.target_encoder), ("untrained encoder", untrained),
                                 ("raw pixels", None)):
@@ -1285,15 +1258,15 @@ def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: 
 
 
 def train(config: TrainConfig, folder: Path, content: dict | None, processes: Processes) -> None:
-    """The whole run: set up, loop, finish."""
+    """The whole run: set up, loop, finish. content: the checkpoint from which it goes on, or None."""
     config = replace(config, precision=choose_precision(config.precision, processes.device))
-    data = open_data(config)
-    if len(data.train) < config.batch_size:
+    data, rows, chief = open_data(config), processes.rows(config.batch_size), processes.rank == 0
+    steps_per_epoch = len(data.train) // config.batch_size
+    if not steps_per_epoch:
         raise UsageError(f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; use a "
                          "smaller batch.")
-    steps_per_epoch = len(data.train) // config.batch_size
+    first_step = content["step"] if content else 0
     last_step = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
-    first_step = 0 if content is None else content["step"]
     if content and first_step >= last_step and (folder / "summary.json").exists():
         print(f"{folder} is finished ({first_step} steps); nothing to do", flush=True)
         return
@@ -1301,22 +1274,16 @@ def train(config: TrainConfig, folder: Path, content: dict | None, processes: Pr
     optimizer = make_optimizer(network, config)
     if content:
         restore(content, network, optimizer)
-        print(f"going on in {folder} after {first_step} steps", flush=True)
     model = DistributedDataParallel(network, broadcast_buffers=False) if processes.count > 1 else network
-    rows, chief = processes.rows(config.batch_size), processes.rank == 0
     if chief:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "config.json", json.dumps(asdict(config), indent=2).encode())
-        announce(config, folder, data, network, last_step)
-        metrics = Table(folder / "metrics.csv", METRICS, first_step)
-        knn = Table(folder / "knn.csv", ("step", "epoch", "accuracy"), first_step + 1)
+        announce(config, folder, data, network, first_step, last_step)
+        record = Record(folder, config, first_step, last_step, content["elapsed"] if content else 0.0)
     stop, unreadable = StopSignal(), set()
-    progress = Progress(first_step, last_step, config.batch_size, content["elapsed"] if content else 0.0)
     batches = StepBatches(config, len(data.train), first_step, last_step, rows)
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=same, num_workers=config.num_workers)
     for step, batch in enumerate(loader, first_step):
-        torch.manual_seed(generator_for(config.seed, DROPOUT, step, processes.rank).initial_seed())
         report_unreadable(batch, unreadable)
+        torch.manual_seed(generator_for(config.seed, DROPOUT, step, processes.rank).initial_seed())
         views, keep = make_views(batch._replace(images=batch.images.to(processes.device)), config, step, rows)
         now, epoch = schedule_at(config, step, steps_per_epoch), (step + 1) / steps_per_epoch
         try:
@@ -1324,29 +1291,25 @@ def train(config: TrainConfig, folder: Path, content: dict | None, processes: Pr
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step} is not finite: {error}. Nothing of it was kept; the last good "
                                      f"checkpoint is {folder / 'checkpoint.pt'}.") from None
-        stopping = processes.agree(bool(stop.received)) or step + 1 == last_step
         terms = processes.mean(torch.stack([loss.loss.detach(), loss.cross_entropy.detach(), loss.memax.detach(),
                                             loss.entropy.detach(), loss.top_assignment, grad_norm])).tolist()
+        stopping = processes.agree(bool(stop.received)) or step + 1 == last_step
         if chief:
-            used = loss.prototypes_used.item()
-            metrics.add(step, epoch, *terms[:4], used, *terms[4:], *now, progress.rate(), progress.elapsed())
-            progress.show(step, epoch, terms, used, now)
+            record.step(step, epoch, terms, loss.prototypes_used.item(), now)
             if step == 0:
-                save_views(folder / "views.png", views, keep, config.patch_size, config.random_views)
+                save_views(folder / "views.png", views, keep, config)
             if data.val is not None and config.knn_every and (step + 1) % (config.knn_every * steps_per_epoch) == 0:
-                accuracy = knn_accuracy(network.target_encoder, data, config, processes.device)
-                knn.add(step + 1, epoch, accuracy)
-                print(f"{chr(10) if progress.live else ''}epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}", flush=True)
+                record.evaluation(step + 1, epoch, knn_accuracy(network.target_encoder, data, config, processes.device))
             if stopping or (step + 1) % config.checkpoint_every == 0:
-                metrics.flush(), knn.flush()
-                save_checkpoint(folder, network, optimizer, config, step + 1, progress.elapsed())
+                record.metrics.flush(), record.knn.flush()
+                save_checkpoint(folder, network, optimizer, config, step + 1, record.elapsed())
         if stopping:
             break
     if chief and stop.received:
         print(f"\nstopped by {stop.received} after step {step + 1}; go on with the same command and --resume "
               f"--output-dir {folder}", flush=True)
     elif chief:
-        finish_run(folder, network, data, config, last_step, progress)
+        finish_run(folder, network, data, config, last_step, record.elapsed())
     processes.wait()
 
 
@@ -1354,7 +1317,7 @@ def main(argv: list[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, TrainConfig)
-    given = vars(parser.parse_args(argv))
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
     config = make_config(given)
     processes = start_processes(config)
     folder = choose_folder(config)

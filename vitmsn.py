@@ -38,9 +38,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Configuration ---------------------------------------------------------------------------------------------------
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # exact, with erf
@@ -171,9 +169,7 @@ class ViTMSNConfig:
         return self.image_size // self.patch_size
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Patchify and Mask (paper, Section 3)
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Patchify and Mask (paper, Section 3) ----------------------------------------------------------------------------
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images into non-overlapping patches, row by row. Pixels that do not fill a patch are dropped.
@@ -240,9 +236,7 @@ def take_patches(x: Tensor, patches_to_keep: Tensor) -> Tensor:
     return x.gather(1, patches_to_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Encoder: a pre-norm Vision Transformer whose class token is the representation (paper, Section 3, "Encoder")
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Encoder: a pre-norm Vision Transformer whose class token is the representation (paper, Section 3, "Encoder") ----
 
 def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resample the positions of a square grid to (rows, columns): bicubic, half-pixel centres, no antialiasing.
@@ -532,9 +526,7 @@ def init_like_transformers(model: nn.Module, std: float) -> None:
                 nn.init.zeros_(module.bias)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Classifier
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Classifier ------------------------------------------------------------------------------------------------------
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -578,10 +570,9 @@ class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
         return self.config.problem_type
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Similarity Metric and Predictions (paper, Section 3). All in the log domain: at the temperatures of MSN the plain
+# ---- Similarity Metric and Predictions (paper, Section 3) ------------------------------------------------------------
+# All in the log domain: at the temperatures of MSN the plain
 # form underflows to 0 and its logarithm is infinite (temperature 0.1, sharpening 0.05 is enough in float32).
-# ----------------------------------------------------------------------------------------------------------------------
 
 AllReduce = Callable[[Tensor, str], Tensor]
 
@@ -629,9 +620,7 @@ def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_pro
     return log_p
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training Objective (paper, Section 3, equation (1))
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Training Objective (paper, Section 3, equation (1)) -------------------------------------------------------------
 
 def cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
     """H(p+, p), mean over all anchor views: the first term of (1). log_p: v b k, targets: b k (no gradient)."""
@@ -705,9 +694,7 @@ def msn_loss(anchors: Tensor, targets: Tensor, prototypes: Tensor, *, temperatur
                        reduce(q, "b k -> b", "min").mean())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pretraining: anchor encoder, target encoder and prototypes
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Pretraining: anchor encoder, target encoder and prototypes ------------------------------------------------------
 
 class ProjectionHead(nn.Module):
     """Three linear layers; thrown away after pretraining (paper, Appendix A.1). d -> hidden -> hidden -> e.
@@ -835,9 +822,7 @@ class ViTMSNForPreTraining(nn.Module):
         return new
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading and writing weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Reading and writing weights -------------------------------------------------------------------------------------
 
 # Our names are the original release's, but for patch_embed.proj. transformers has used two sets: {i} is the layer and {qkv}
 # stands for three tensors that we hold as one. Its classifiers have "vit." before them and `classifier` beside them;
@@ -1057,9 +1042,7 @@ def write_file(path: Path, content: bytes | Callable) -> None:
         raise
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Preprocessing
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Preprocessing ---------------------------------------------------------------------------------------------------
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

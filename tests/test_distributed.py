@@ -71,4 +71,4 @@ def test_a_rank_that_dies_ends_the_job_and_max_restarts_goes_on_from_the_checkpo
     assert status != 0 and time.time() - began < 90
     status, printed = finish(start(*flags(pictures, folder, "--resume", "--epochs", "100000", "--max-steps", "500",
                                           "--checkpoint-every", "1"), processes=2), 300)
-    assert status == 0 and "going on" in printed
+    assert status == 0 and "going on after" in printed

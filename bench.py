@@ -1,0 +1,381 @@
+"""Benchmarks of the model, the pretraining step and the view generator, on your own machine, CPU or GPU.
+
+    python bench.py                                    # the documented table: eager against SDPA at batches 1 2 4 8
+    python bench.py inference --preset small-16 --threads 1 --against transformers
+    python bench.py train --recipe demo --attn eager sdpa
+    python bench.py views --recipe imagenette
+
+Every suite takes the flags of train_msn.py; --preset is the recipe of that name. What is compared runs interleaved
+(A B A B ...) in one process after a warm-up, on inputs that are new at each repeat. A cell is the median time in ms
+[quartiles], and with --memory the peak: allocated on CUDA; on a CPU resident, of a process that runs nothing else.
+Floating-point operations are counted by formula, a multiplication and an addition as two.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+from torch import Tensor
+
+from train_msn import (
+    VIEWS, Batch, Processes, TrainConfig, UsageError, add_flags, build_model, choose_precision, crop_boxes, draw_views,
+    generator_for, make_config, make_optimizer, make_views, run_program, schedule_at, train_step,
+)
+from vitmsn import (
+    PRESETS, ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, msn_loss, normalize, num_patches_to_keep,
+    write_file,
+)
+
+# ---- Measuring. A case is a tuple (make, *arguments): make gives two functions, of a new input and what to time ------
+
+
+class Result(NamedTuple):
+    """Seconds: median, first and third quartile; peak memory in MiB."""
+    median: float
+    low: float
+    high: float
+    memory: float | None = None
+
+    def __str__(self) -> str:
+        times = "{:.4g} [{:.4g}, {:.4g}]".format(*(1000 * seconds for seconds in self[:3]))
+        return times if self.memory is None else f"{times}, {self.memory:.0f} MiB"
+
+
+def seconds_of(run, x, args: argparse.Namespace) -> float:
+    """Time of run(x): by the clock, on CUDA by the device's own events."""
+    if args.device.type != "cuda":
+        start = args.clock()
+        run(x)
+        return args.clock() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run(x)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def measure(cases: dict, args: argparse.Namespace, warm_up: int = 2) -> dict:
+    """A Result for each case. Interleaved, so that what disturbs the machine disturbs all alike."""
+    memory, seconds = dict.fromkeys(cases), {name: [] for name in cases}
+    for name, case in cases.items() if args.memory else ():
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            memory[name] = pool.submit(peak_memory, args.threads, args.device, *case).result() / 2**20
+    ready = {name: make(*arguments) for name, (make, *arguments) in cases.items()}
+    for _ in range(warm_up + args.repeats):
+        for name, (new_input, run) in ready.items():
+            seconds[name].append(seconds_of(run, new_input(), args))
+    return {name: Result(*np.quantile(values[warm_up:], (0.5, 0.25, 0.75)).tolist(), memory[name])
+            for name, values in seconds.items()}
+
+
+def peak_memory(threads: int, device: torch.device, make, *arguments) -> int:
+    """In a process of its own: bytes that this case needs at most."""
+    torch.set_num_threads(threads)
+    new_input, run = make(*arguments)
+    for _ in range(2):
+        run(new_input())
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage: its maximum includes the process that started this one.
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def matmul_peak(precision: str, args: argparse.Namespace) -> float:
+    """The best FLOP/s of a large square matrix product."""
+    side = 8192 if args.device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=args.device, dtype=getattr(torch, precision))
+    return 2 * side**3 / min(seconds_of(a.mm, a, args) for _ in range(5))
+
+
+def forward_flops(config: ViTMSNConfig, patches: int, class_token_only: bool = True) -> int:
+    """Of one image through the encoder. class_token_only: in the last layer nothing else asks."""
+    d, n = config.hidden_size, 1 + patches
+    queries = n * (config.num_hidden_layers - 1) + (1 if class_token_only else n)  # in all layers; the keys: n in each
+    linear = queries * d * (2 * d + 2 * config.intermediate_size) + config.num_hidden_layers * n * 2 * d * d
+    return 2 * (patches * config.num_channels * config.patch_size**2 * d + linear + 2 * queries * n * d)
+
+
+def step_flops(config: TrainConfig) -> int:
+    """Of one pretraining step: the target's forward pass, the anchors' and their backward pass, twice as much."""
+    model, hidden, e = config.model_config(), config.head_hidden_size, config.output_dim
+    whole, focal = ((size // config.patch_size) ** 2 for size in (config.image_size, config.focal_size))
+    anchors = [num_patches_to_keep(whole, config.mask_ratio)] * config.random_views + [focal] * config.focal_views
+    head = 2 * (config.hidden_size * hidden + hidden**2 + hidden * e + e * config.num_prototypes)
+    pixels = 2 * 3 * config.patch_size**2 * config.hidden_size  # need no gradient: one product less for each patch
+    per_image = sum(3 * (forward_flops(model, n) + head) - n * pixels for n in anchors)
+    return config.batch_size * (per_image + forward_flops(model, whole) + head)
+
+
+# ---- Suites: each returns the rows of its table ----------------------------------------------------------------------
+
+def forward_case(library: str, config: ViTMSNConfig, attn: str, head: str, precision: str, batch: int, device):
+    """A forward pass without autograd, of our model or that of transformers, with random weights."""
+    implementation = "sdpa" if attn == "compiled" else attn
+    if library == "ours":
+        model = {"model": ViTMSNModel, "classifier": ViTMSNForImageClassification}[head](config)
+        model.set_attn_implementation(implementation)
+    else:
+        import transformers
+        auto = {"model": transformers.AutoModel, "classifier": transformers.AutoModelForImageClassification}[head]
+        model = auto.from_config(transformers.ViTMSNConfig(**config.to_dict()), attn_implementation=implementation)
+    dtype, shape = getattr(torch, precision), (batch, config.num_channels, config.image_size, config.image_size)
+    model = model.to(device, dtype).eval()
+    if attn == "compiled":  # CUDA graphs spare the launches, which at batch 1 take most of the time
+        model.compile(mode="reduce-overhead" if device.type == "cuda" else None)
+    return lambda: torch.randn(shape, device=device).to(dtype), torch.inference_mode()(model)
+
+
+def inference(args: argparse.Namespace) -> list[dict]:
+    """A row for each precision and batch size, a column for each attention path and library."""
+    model, rows = training_config(args, "base-16", focal_views=0).model_config(), []
+    flops = forward_flops(model, model.grid_size**2, args.head == "classifier")
+    for precision in args.precisions:
+        peak = matmul_peak(precision, args)
+        for batch in args.batch_sizes:
+            row, options = {"precision": precision, "batch": batch}, (args.head, precision, batch, args.device)
+            results = measure({(attn, library): (forward_case, library, model, attn, *options)
+                               for attn in args.attn for library in ("ours", *args.against)}, args)
+            for (attn, library), result in results.items():
+                if library == "ours":
+                    row |= {attn: result, f"of peak, {attn}": batch * flops / result.median / peak}
+                else:
+                    ratio = result.median / results[attn, "ours"].median
+                    row |= {f"{attn}, {library}": result, f"{library} / ours, {attn}": ratio}
+            if {"eager", "sdpa"} <= set(args.attn):
+                row["eager / sdpa"] = results["eager", "ours"].median / results["sdpa", "ours"].median
+            rows.append(row)
+    return rows
+
+
+def random_pictures(config: TrainConfig, source: list[int]) -> Batch:
+    """Decoded pictures of `source` = height, width."""
+    pixels, sizes = torch.randint(0, 256, (config.batch_size, 3, *source)), torch.tensor([source] * config.batch_size)
+    return Batch(pixels.byte(), sizes, list(range(config.batch_size)), [])
+
+
+def views_case(config: TrainConfig, source: list[int], device: torch.device):
+    """All views of a batch of decoded pictures."""
+    return (lambda: random_pictures(config, source),
+            lambda batch: make_views(batch._replace(images=batch.images.to(device)), config, 0, slice(0, len(batch.images))))
+
+
+def step_case(config: TrainConfig, attn: str, source: list[int], device: torch.device):
+    """A whole pretraining step, from decoded pictures. attn: of the anchor encoder, "" for what build_model chooses."""
+    model, (_, views_of) = build_model(config, Processes(0, 1, device)), views_case(config, source, device)
+    optimizer, now = make_optimizer(model, config), schedule_at(config, 1, 100)
+    if attn:
+        model.anchor_encoder.set_attn_implementation(attn)
+
+    def run(x: tuple) -> None:
+        (target, *anchors), keep = views_of(x[2])
+        train_step(model, optimizer, target, anchors, keep, now, config.clip_grad, config.precision)
+
+    return lambda: (model, optimizer, random_pictures(config, source)), run
+
+
+def step_shares(case: tuple, args: argparse.Namespace) -> dict:
+    """Where a step's time goes, as shares of it. Here each part waits for the device."""
+    make, *arguments = case
+    (new_input, run), seconds = make(*arguments), {}
+    model, optimizer, _ = new_input()
+
+    def timed(name: str, function):
+        def call(*inputs, **options):
+            taken = seconds_of(lambda _: results.append(function(*inputs, **options)), None, args)
+            seconds[name] = seconds.get(name, 0) + taken
+            return results.pop()
+        results = []
+        return call
+
+    parts = {"views": (sys.modules[__name__], "make_views"), "forward": (model, "forward"), "backward": (Tensor, "backward"),
+             "optimizer": (optimizer, "step"), "EMA": (model, "update_target")}
+    with ExitStack() as stack:
+        for name, (owner, method) in parts.items():
+            stack.enter_context(mock.patch.object(owner, method, timed(name, getattr(owner, method))))
+        total = sum(seconds_of(run, new_input(), args) for _ in range(max(2, args.repeats // 2)))
+    return {name: part / total for name, part in {**seconds, "rest": total - sum(seconds.values())}.items()}
+
+
+def train(args: argparse.Namespace) -> list[dict]:
+    """A row for each attention path and mask ratio (suite masking: without focal views, which are never masked)."""
+    base, cases, rows = training_config(args, **({"focal_views": 0} if args.suite == "masking" else {})), {}, []
+    for attn in args.attn:
+        for ratio in args.mask_ratios or [base.mask_ratio]:
+            cases[attn, ratio] = (step_case, replace(base, mask_ratio=ratio), attn, args.source_size, args.device)
+    peak, patches = matmul_peak(base.precision, args), (base.image_size // base.patch_size) ** 2
+    for (attn, ratio), result in measure(cases, args).items():
+        rate, flops = base.batch_size / result.median, step_flops(replace(base, mask_ratio=ratio))
+        rows.append({"attention": attn or "chosen", "mask ratio": ratio, "kept": num_patches_to_keep(patches, ratio),
+                     "step": result, "images/s": rate, "GFLOP": flops / 1e9, "of peak": flops / result.median / peak})
+        rows[-1] |= step_shares(cases[attn, ratio], args) if args.suite == "train" else {}
+    return rows
+
+
+def pillow_view(image: Image.Image, u: dict[str, Tensor], config: TrainConfig, size: int, scale: tuple) -> Tensor:
+    """make_view the usual way: one picture at a time, by Pillow, from the same random numbers. -> 3 size size."""
+    top, left, height, width = crop_boxes(u["crop"][None], torch.tensor([image.size[::-1]]), scale)[0].tolist()
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+    if u["flip"] < config.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    spread = (2 * u["factors"] - 1) * config.color_jitter
+    for kind in u["order"].argsort().tolist() if u["jitter"] < config.jitter else ():
+        if kind < 3:
+            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind]
+            image = enhance(image).enhance(1 + 0.8 * spread[kind].item())
+        else:
+            hue, *others = image.convert("HSV").split()
+            turned = Image.fromarray(np.asarray(hue) + np.uint8(round(51.2 * spread[3].item()) % 256))  # 0.2 of 256
+            image = Image.merge("HSV", (turned, *others)).convert("RGB")
+    image = image.convert("L").convert("RGB") if u["grey"] < config.grey else image
+    if u["blur"][0] < config.blur:
+        image = image.filter(ImageFilter.GaussianBlur(np.interp(u["blur"][1], (0, 1), config.blur_sigma)))
+    return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
+
+
+def pillow_case(config: TrainConfig, source: list[int]):
+    """The same views as views_case's, by Pillow."""
+    sizes = [(config.image_size, config.crop_scale)] * (1 + config.random_views)
+    sizes += [(config.focal_size, config.focal_scale)] * config.focal_views
+
+    def run(pictures: list[Image.Image]) -> None:
+        draws = draw_views(len(pictures), len(sizes), generator_for(config.seed, VIEWS, 0))
+        for v, (size, scale) in enumerate(sizes):
+            torch.stack([pillow_view(picture, {name: u[v, b] for name, u in draws.items()}, config, size, scale)
+                         for b, picture in enumerate(pictures)])
+
+    return lambda: [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in random_pictures(config, source).images], run
+
+
+def views(args: argparse.Namespace) -> list[dict]:
+    """The view generator against Pillow, which computes one picture at a time on the CPU."""
+    config = training_config(args)
+    results = measure({"ours": (views_case, config, args.source_size, args.device),
+                       "Pillow": (pillow_case, config, args.source_size)}, args)
+    rates = {f"{name}, pictures/s": config.batch_size / result.median for name, result in results.items()}
+    return [{"source": "x".join(map(str, args.source_size)), "views": 1 + config.random_views + config.focal_views,
+             **results, **rates, "Pillow / ours": results["Pillow"].median / results["ours"].median}]
+
+
+def loss_case(config: TrainConfig, device: torch.device):
+    """The loss alone, forward and backward."""
+    anchors, e = (config.random_views + config.focal_views) * config.batch_size, config.output_dim
+    return (lambda: [torch.randn(rows, e, device=device, requires_grad=True) for rows in
+                     (anchors, config.batch_size, config.num_prototypes)], lambda x: msn_loss(*x).loss.backward())
+
+
+def growth(args: argparse.Namespace) -> list[dict]:
+    """Time and memory where one thing doubles. power: 1 is linear, 2 quadratic."""
+    config, rows = training_config(args), []
+    model, factors, end = config.model_config(), [2**i for i in range(args.doublings + 1)], args.device
+    models = [replace(model, image_size=config.image_size * factor) for factor in factors]
+    series = {f"tokens, {attn}": {1 + m.grid_size**2: (forward_case, "ours", m, attn, "model", "float32", 4, end)
+                                  for m in models} for attn in ("eager", "sdpa")}
+    series["prototypes"] = {k: (loss_case, replace(config, num_prototypes=k), end)
+                            for k in (config.num_prototypes * factor for factor in factors)}
+    series["focal views"] = {v: (step_case, replace(config, focal_views=v), "", args.source_size, end) for v in factors}
+    for name, cases in series.items():
+        before = None
+        for value, result in measure(cases, args).items():
+            power = math.log(result.median / before[1].median, value / before[0]) if before else ""
+            rows.append({"growing": name, "value": value, "result": result, "power": power})
+            before = value, result
+    return rows
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
+
+SUITES = {"inference": inference, "masking": train, "train": train, "views": views, "growth": growth}
+
+
+def training_config(args: argparse.Namespace, recipe: str = "demo", **defaults) -> TrainConfig:
+    """Settings by train_msn.py's flags: a recipe's or preset's; a bare width changes small-16; else `recipe`."""
+    given = {name: value for name, value in vars(args).items() if name in TrainConfig.__dataclass_fields__}
+    recipe = args.preset or given.get("recipe") or ("small-16" if "hidden_size" in given else recipe)
+    small_batch = {"batch_size": 8} if recipe in PRESETS else {}  # where the published 1024 is not asked for
+    config = make_config({**small_batch, **defaults, **given, "recipe": recipe, "device": args.device.type})
+    args.source_size = args.source_size or [config.image_size * (1 if config.image_size < 64 else 2)] * 2
+    return replace(config, precision=choose_precision(config.precision, args.device))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """One subcommand for each suite."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    suites = parser.add_subparsers(dest="suite")
+    for name, suite in SUITES.items():
+        sub = suites.add_parser(name, description=suite.__doc__, conflict_handler="resolve")
+        add_flags(sub, TrainConfig)
+        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        sub.add_argument("--preset", choices=PRESETS, help="a published shape and its pretraining")
+        sub.add_argument("--threads", type=int, default=1 if name == "views" else torch.get_num_threads())
+        sub.add_argument("--repeats", type=int, default=10)
+        sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=name not in ("inference", "views"))
+        sub.add_argument("--cpu-time", action="store_true", help="not the clock's: for one thread on a busy machine")
+        sub.add_argument("--source-size", type=int, nargs=2, help="height and width of the decoded pictures")
+        sub.add_argument("--json", help="file for machine, flags and rows; times in seconds, memory in MiB")
+        sub.add_argument("--attn", nargs="+", choices=("eager", "sdpa", *["compiled"] * (name == "inference")),
+                         default=["eager", "sdpa"] if name == "inference" else [""])
+        if name in ("train", "masking"):
+            ratios = [i / 10 for i in range(10)] if name == "masking" else None
+            sub.add_argument("--mask-ratios", type=float, nargs="+", default=ratios)
+        if name == "inference":
+            sub.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
+            dtypes = {"nargs": "+", "choices": ("float32", "float16", "bfloat16"), "default": ["float32"]}
+            sub.add_argument("--precision", dest="precisions", **dtypes)
+            sub.add_argument("--head", choices=("model", "classifier"), default="model")
+            sub.add_argument("--against", nargs="+", choices=("transformers",), default=[])
+        if name == "growth":
+            sub.add_argument("--doublings", type=int, default=2)
+    return parser
+
+
+def describe_machine(args: argparse.Namespace) -> dict:
+    """What the numbers depend on."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    name = torch.cuda.get_device_name() if args.device.type == "cuda" else found[1] if found else "CPU"
+    return {"machine": name, "threads": args.threads, "cores": os.cpu_count(), "load": os.getloadavg()[0],
+            "clock": args.clock.__name__, "float32 matmul GFLOP/s": matmul_peak("float32", args) / 1e9,
+            **{name: __import__(name).__version__ for name in ("torch", *getattr(args, "against", ()))}}
+
+
+def main(argv: list[str]) -> None:
+    """The command line; without a suite, inference."""
+    args = make_parser().parse_args(argv if argv and argv[0] in (*SUITES, "-h", "--help") else ["inference", *argv])
+    if args.threads < 1 or args.repeats < 1 or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise UsageError("--threads and --repeats must be at least 1, and --device cuda needs a GPU that torch sees.")
+    torch.set_num_threads(args.threads)
+    args.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    args.clock = time.process_time if args.cpu_time else time.perf_counter
+    machine = describe_machine(args)
+
+    def show(value) -> str:
+        return (f"{value:.3g}" if value < 100 else f"{value:.0f}") if isinstance(value, float) else str(value)
+
+    print(", ".join(f"{name} {show(value)}" for name, value in machine.items()), end="\n\n", flush=True)
+    rows = SUITES[args.suite](args)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns, ["---"] * len(columns), *([show(row.get(name, "")) for name in columns] for row in rows)]
+    print(*("| " + " | ".join(line) + " |" for line in cells), sep="\n")
+    if args.json:
+        rows = [{name: v._asdict() if isinstance(v, Result) else v for name, v in row.items()} for row in rows]
+        content = {"suite": args.suite, "machine": machine, "flags": vars(args), "rows": rows}
+        write_file(Path(args.json), json.dumps(content, indent=2, default=str).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
