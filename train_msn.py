@@ -22,9 +22,8 @@ import tarfile
 import time
 import urllib.request
 import warnings
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -525,7 +524,7 @@ def same(batch: Batch) -> Batch:
     return batch
 
 
-# ---- Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur; whole batches on the training device 
+# ---- Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur; whole batches on the training device
 
 # Uniform numbers per view and image. They are drawn on the CPU for the global batch, whatever the number of processes.
 TRIES = 10  # of a crop that fits

@@ -24,10 +24,11 @@ import os
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -85,22 +86,17 @@ class ViTMSNConfig:
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self._check_numbers()
-        self._check_labels()
+        self._settle_labels()
         for name, allowed in (("hidden_act", tuple(ACTIVATIONS)), ("attn_implementation", ("sdpa", "eager")),
-                              ("problem_type", (None, *PROBLEM_TYPES))):
+                              ("problem_type", (None, *PROBLEM_TYPES)), ("qkv_bias", (True, False))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; use one of {allowed}.")
-
-    def _check_numbers(self):
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"{f.name}={value!r} must be a whole number of at least 1.")
             if f.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
                 raise ValueError(f"{f.name}={value!r} must be a number of at least 0 and below 1.")
-        if type(self.qkv_bias) is not bool:
-            raise ValueError(f"qkv_bias={self.qkv_bias!r} must be true or false.")
         if self.hidden_size % self.num_attention_heads:
             below = self.hidden_size - self.hidden_size % self.num_attention_heads
             raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
@@ -110,7 +106,7 @@ class ViTMSNConfig:
             raise ValueError(f"patch_size={self.patch_size} is larger than image_size={self.image_size}: no patch "
                              "fits; use a smaller patch or a larger image.")
 
-    def _check_labels(self):
+    def _settle_labels(self):
         if self.id2label is None:
             self.num_labels = 2 if self.num_labels is None else self.num_labels
             if type(self.num_labels) is not int or self.num_labels < 0:
@@ -337,7 +333,16 @@ class Block(nn.Module):
         return x, probabilities
 
 
-@dataclass
+def output(output_class: type) -> type:
+    """A dataclass that torch.compile, torch.export and DataParallel can look into."""
+    output_class = dataclass(output_class)
+    names = [f.name for f in fields(output_class)]
+    pytree.register_pytree_node(output_class, lambda out: ([getattr(out, name) for name in names], None),
+                                lambda values, _: output_class(*values), serialized_type_name=output_class.__name__)
+    return output_class
+
+
+@output
 class ViTMSNModelOutput:
     """last_hidden_state: b n d after the final norm. hidden_states: embeddings, then each layer's output, the last one
     before the final norm. attentions: b h n n per layer. The last two are None unless asked for."""
@@ -346,7 +351,7 @@ class ViTMSNModelOutput:
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@output
 class ViTMSNClassifierOutput:
     """logits: b num_labels. loss: scalar, if labels were given. The others as in ViTMSNModelOutput."""
     logits: Tensor
@@ -1085,14 +1090,3 @@ def preprocess(images, config: ViTMSNConfig, protocol: str = "squash") -> Tensor
     if not rows:
         raise ValueError("there is no image to preprocess; pass at least one.")
     return normalize(torch.stack(rows).float() / 255)
-
-
-def register_output(output_class: type) -> None:
-    """Let torch.compile, torch.export and DataParallel look into an output object."""
-    names = [f.name for f in fields(output_class)]
-    pytree.register_pytree_node(output_class, lambda out: ([getattr(out, name) for name in names], None),
-                                lambda values, _: output_class(*values), serialized_type_name=output_class.__name__)
-
-
-register_output(ViTMSNModelOutput)
-register_output(ViTMSNClassifierOutput)
