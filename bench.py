@@ -1,14 +1,12 @@
 """Benchmarks of the model, the pretraining step and the view generator, on your own machine, CPU or GPU.
 
-    python bench.py                                    # the documented table: eager against SDPA at batches 1 2 4 8
+    python bench.py                             # the documented table: eager against SDPA, float32, batches 1 2 4 8
     python bench.py inference --preset small-16 --threads 1 --against transformers
     python bench.py train --recipe demo --attn eager sdpa
-    python bench.py views --recipe imagenette
 
 Every suite takes the flags of train_msn.py; --preset is the recipe of that name. What is compared runs interleaved
 (A B A B ...) in one process after a warm-up, on inputs that are new at each repeat. A cell is the median time in ms
 [quartiles], and with --memory the peak: allocated on CUDA; on a CPU resident, of a process that runs nothing else.
-Floating-point operations are counted by formula, a multiplication and an addition as two.
 """
 import argparse
 import json
@@ -17,7 +15,6 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import get_context
@@ -35,8 +32,7 @@ from train_msn import (
     generator_for, make_config, make_optimizer, make_views, run_program, schedule_at, train_step,
 )
 from vitmsn import (
-    PRESETS, ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, msn_loss, normalize, num_patches_to_keep,
-    write_file,
+    PRESETS, ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, normalize, num_patches_to_keep, write_file,
 )
 
 # ---- Measuring. A case is a tuple (make, *arguments): make gives two functions, of a new input and what to time ------
@@ -61,7 +57,6 @@ def seconds_of(run, x, args: argparse.Namespace) -> float:
         run(x)
         return args.clock() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
     start.record()
     run(x)
     end.record()
@@ -73,8 +68,8 @@ def measure(cases: dict, args: argparse.Namespace, warm_up: int = 2) -> dict:
     """A Result for each case. Interleaved, so that what disturbs the machine disturbs all alike."""
     memory, seconds = dict.fromkeys(cases), {name: [] for name in cases}
     for name, case in cases.items() if args.memory else ():
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            memory[name] = pool.submit(peak_memory, args.threads, args.device, *case).result() / 2**20
+        with get_context("spawn").Pool(1) as pool:
+            memory[name] = pool.apply(peak_memory, (args.threads, args.device, *case)) / 2**20
     ready = {name: make(*arguments) for name, (make, *arguments) in cases.items()}
     for _ in range(warm_up + args.repeats):
         for name, (new_input, run) in ready.items():
@@ -103,7 +98,7 @@ def matmul_peak(precision: str, args: argparse.Namespace) -> float:
 
 
 def forward_flops(config: ViTMSNConfig, patches: int, class_token_only: bool = True) -> int:
-    """Of one image through the encoder. class_token_only: in the last layer nothing else asks."""
+    """Of one image through the encoder, a multiplication and an addition as two. class_token_only: in the last layer."""
     d, n = config.hidden_size, 1 + patches
     queries = n * (config.num_hidden_layers - 1) + (1 if class_token_only else n)  # in all layers; the keys: n in each
     linear = queries * d * (2 * d + 2 * config.intermediate_size) + config.num_hidden_layers * n * 2 * d * d
@@ -125,19 +120,19 @@ def step_flops(config: TrainConfig) -> int:
 
 def forward_case(library: str, config: ViTMSNConfig, attn: str, head: str, precision: str, batch: int, device):
     """A forward pass without autograd, of our model or that of transformers, with random weights."""
-    implementation = "sdpa" if attn == "compiled" else attn
+    config.attn_implementation = "eager" if attn == "eager" else "sdpa"
     if library == "ours":
         model = {"model": ViTMSNModel, "classifier": ViTMSNForImageClassification}[head](config)
-        model.set_attn_implementation(implementation)
     else:
         import transformers
         auto = {"model": transformers.AutoModel, "classifier": transformers.AutoModelForImageClassification}[head]
-        model = auto.from_config(transformers.ViTMSNConfig(**config.to_dict()), attn_implementation=implementation)
-    dtype, shape = getattr(torch, precision), (batch, config.num_channels, config.image_size, config.image_size)
-    model = model.to(device, dtype).eval()
+        model = auto.from_config(transformers.ViTMSNConfig(**config.to_dict()),
+                                 attn_implementation=config.attn_implementation)
+    model = model.to(device, getattr(torch, precision)).eval()
     if attn == "compiled":  # CUDA graphs spare the launches, which at batch 1 take most of the time
         model.compile(mode="reduce-overhead" if device.type == "cuda" else None)
-    return lambda: torch.randn(shape, device=device).to(dtype), torch.inference_mode()(model)
+    shape = batch, config.num_channels, config.image_size, config.image_size
+    return lambda: torch.randn(shape, device=device).to(getattr(torch, precision)), torch.inference_mode()(model)
 
 
 def inference(args: argparse.Namespace) -> list[dict]:
@@ -147,36 +142,28 @@ def inference(args: argparse.Namespace) -> list[dict]:
     for precision in args.precisions:
         peak = matmul_peak(precision, args)
         for batch in args.batch_sizes:
-            row, options = {"precision": precision, "batch": batch}, (args.head, precision, batch, args.device)
-            results = measure({(attn, library): (forward_case, library, model, attn, *options)
+            row = {"precision": precision, "batch": batch}
+            results = measure({(attn, library): (forward_case, library, model, attn, args.head, precision, batch, args.device)
                                for attn in args.attn for library in ("ours", *args.against)}, args)
             for (attn, library), result in results.items():
-                if library == "ours":
-                    row |= {attn: result, f"of peak, {attn}": batch * flops / result.median / peak}
-                else:
-                    ratio = result.median / results[attn, "ours"].median
-                    row |= {f"{attn}, {library}": result, f"{library} / ours, {attn}": ratio}
+                row |= ({attn: result, f"of peak, {attn}": batch * flops / result.median / peak} if library == "ours" else
+                        {f"{attn}, {library}": result, f"ratio, {attn}": result.median / results[attn, "ours"].median})
             if {"eager", "sdpa"} <= set(args.attn):
                 row["eager / sdpa"] = results["eager", "ours"].median / results["sdpa", "ours"].median
             rows.append(row)
     return rows
 
 
-def random_pictures(config: TrainConfig, source: list[int]) -> Batch:
-    """Decoded pictures of `source` = height, width."""
-    pixels, sizes = torch.randint(0, 256, (config.batch_size, 3, *source)), torch.tensor([source] * config.batch_size)
-    return Batch(pixels.byte(), sizes, list(range(config.batch_size)), [])
-
-
 def views_case(config: TrainConfig, source: list[int], device: torch.device):
-    """All views of a batch of decoded pictures."""
-    return (lambda: random_pictures(config, source),
-            lambda batch: make_views(batch._replace(images=batch.images.to(device)), config, 0, slice(0, len(batch.images))))
+    """All views of a batch of decoded pictures of `source` = height, width."""
+    sizes, indices = torch.tensor([source] * config.batch_size), list(range(config.batch_size))
+    return (lambda: Batch(torch.randint(0, 256, (len(sizes), 3, *source)).byte(), sizes, indices, []),
+            lambda x: make_views(x._replace(images=x.images.to(device)), config, 0, slice(0, len(sizes))))
 
 
 def step_case(config: TrainConfig, attn: str, source: list[int], device: torch.device):
     """A whole pretraining step, from decoded pictures. attn: of the anchor encoder, "" for what build_model chooses."""
-    model, (_, views_of) = build_model(config, Processes(0, 1, device)), views_case(config, source, device)
+    model, (pictures, views_of) = build_model(config, Processes(0, 1, device)), views_case(config, source, device)
     optimizer, now = make_optimizer(model, config), schedule_at(config, 1, 100)
     if attn:
         model.anchor_encoder.set_attn_implementation(attn)
@@ -185,25 +172,24 @@ def step_case(config: TrainConfig, attn: str, source: list[int], device: torch.d
         (target, *anchors), keep = views_of(x[2])
         train_step(model, optimizer, target, anchors, keep, now, config.clip_grad, config.precision)
 
-    return lambda: (model, optimizer, random_pictures(config, source)), run
+    return lambda: (model, optimizer, pictures()), run
 
 
 def step_shares(case: tuple, args: argparse.Namespace) -> dict:
     """Where a step's time goes, as shares of it. Here each part waits for the device."""
-    make, *arguments = case
-    (new_input, run), seconds = make(*arguments), {}
+    (new_input, run), seconds = case[0](*case[1:]), {}
     model, optimizer, _ = new_input()
 
     def timed(name: str, function):
         def call(*inputs, **options):
+            results = []
             taken = seconds_of(lambda _: results.append(function(*inputs, **options)), None, args)
             seconds[name] = seconds.get(name, 0) + taken
-            return results.pop()
-        results = []
+            return results[0]
         return call
 
-    parts = {"views": (sys.modules[__name__], "make_views"), "forward": (model, "forward"), "backward": (Tensor, "backward"),
-             "optimizer": (optimizer, "step"), "EMA": (model, "update_target")}
+    parts = {"views": (sys.modules[__name__], "make_views"), "forward": (model, "forward"),
+             "backward": (Tensor, "backward"), "optimizer": (optimizer, "step"), "EMA": (model, "update_target")}
     with ExitStack() as stack:
         for name, (owner, method) in parts.items():
             stack.enter_context(mock.patch.object(owner, method, timed(name, getattr(owner, method))))
@@ -213,87 +199,77 @@ def step_shares(case: tuple, args: argparse.Namespace) -> dict:
 
 def train(args: argparse.Namespace) -> list[dict]:
     """A row for each attention path and mask ratio (suite masking: without focal views, which are never masked)."""
-    base, cases, rows = training_config(args, **({"focal_views": 0} if args.suite == "masking" else {})), {}, []
-    for attn in args.attn:
-        for ratio in args.mask_ratios or [base.mask_ratio]:
-            cases[attn, ratio] = (step_case, replace(base, mask_ratio=ratio), attn, args.source_size, args.device)
-    peak, patches = matmul_peak(base.precision, args), (base.image_size // base.patch_size) ** 2
+    base = training_config(args, **({"focal_views": 0} if args.suite == "masking" else {}))
+    configs = {ratio: replace(base, mask_ratio=ratio) for ratio in args.mask_ratios or [base.mask_ratio]}
+    cases = {(attn, ratio): (step_case, config, attn, args.source_size, args.device)
+             for attn in args.attn for ratio, config in configs.items()}
+    peak, rows = matmul_peak(base.precision, args), []
     for (attn, ratio), result in measure(cases, args).items():
-        rate, flops = base.batch_size / result.median, step_flops(replace(base, mask_ratio=ratio))
-        rows.append({"attention": attn or "chosen", "mask ratio": ratio, "kept": num_patches_to_keep(patches, ratio),
-                     "step": result, "images/s": rate, "GFLOP": flops / 1e9, "of peak": flops / result.median / peak})
+        flops = step_flops(configs[ratio])
+        rows.append({"attention": attn or "as trained", "mask ratio": ratio, "step": result, "GFLOP": flops / 1e9,
+                     "images/s": base.batch_size / result.median, "of peak": flops / result.median / peak})
         rows[-1] |= step_shares(cases[attn, ratio], args) if args.suite == "train" else {}
     return rows
 
 
-def pillow_view(image: Image.Image, u: dict[str, Tensor], config: TrainConfig, size: int, scale: tuple) -> Tensor:
-    """make_view the usual way: one picture at a time, by Pillow, from the same random numbers. -> 3 size size."""
-    top, left, height, width = crop_boxes(u["crop"][None], torch.tensor([image.size[::-1]]), scale)[0].tolist()
+def pillow_view(image: Image.Image, box: list[int], u: dict[str, list], config: TrainConfig, size: int) -> np.ndarray:
+    """make_view the usual way: one picture at a time, by Pillow, from the same random numbers. -> size size 3."""
+    top, left, height, width = box
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
-    if u["flip"] < config.flip:
+    if u["flip"][0] < config.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    spread = (2 * u["factors"] - 1) * config.color_jitter
-    for kind in u["order"].argsort().tolist() if u["jitter"] < config.jitter else ():
+    for kind in np.argsort(u["order"]) if u["jitter"][0] < config.jitter else ():
+        change = config.color_jitter * (2 * u["factors"][kind] - 1)
         if kind < 3:
             enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind]
-            image = enhance(image).enhance(1 + 0.8 * spread[kind].item())
+            image = enhance(image).enhance(1 + 0.8 * change)
         else:
             hue, *others = image.convert("HSV").split()
-            turned = Image.fromarray(np.asarray(hue) + np.uint8(round(51.2 * spread[3].item()) % 256))  # 0.2 of 256
+            turned = Image.fromarray(np.asarray(hue) + np.uint8(round(0.2 * 256 * change) % 256))
             image = Image.merge("HSV", (turned, *others)).convert("RGB")
-    image = image.convert("L").convert("RGB") if u["grey"] < config.grey else image
+    image = image.convert("L").convert("RGB") if u["grey"][0] < config.grey else image
     if u["blur"][0] < config.blur:
-        image = image.filter(ImageFilter.GaussianBlur(np.interp(u["blur"][1], (0, 1), config.blur_sigma)))
-    return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
+        image = image.filter(ImageFilter.GaussianBlur(float(np.interp(u["blur"][1], (0, 1), config.blur_sigma))))
+    return np.asarray(image)
 
 
-def pillow_case(config: TrainConfig, source: list[int]):
+def pillow_case(config: TrainConfig, source: list[int], device: torch.device):
     """The same views as views_case's, by Pillow."""
-    sizes = [(config.image_size, config.crop_scale)] * (1 + config.random_views)
-    sizes += [(config.focal_size, config.focal_scale)] * config.focal_views
+    pictures, sizes = views_case(config, source, device)[0], torch.tensor([source] * config.batch_size)
+    views = [(config.image_size, config.crop_scale)] * (1 + config.random_views)
+    views += [(config.focal_size, config.focal_scale)] * config.focal_views
 
-    def run(pictures: list[Image.Image]) -> None:
-        draws = draw_views(len(pictures), len(sizes), generator_for(config.seed, VIEWS, 0))
-        for v, (size, scale) in enumerate(sizes):
-            torch.stack([pillow_view(picture, {name: u[v, b] for name, u in draws.items()}, config, size, scale)
-                         for b, picture in enumerate(pictures)])
+    def run(images: list[Image.Image]) -> None:
+        draws = draw_views(len(images), len(views), generator_for(config.seed, VIEWS, 0))
+        for v, (size, scale) in enumerate(views):
+            boxes, u = crop_boxes(draws["crop"][v], sizes, scale).tolist(), {k: x[v].tolist() for k, x in draws.items()}
+            pixels = np.stack([pillow_view(image, boxes[b], {name: rows[b] for name, rows in u.items()}, config, size)
+                               for b, image in enumerate(images)])
+            normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device).float() / 255)
 
-    return lambda: [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in random_pictures(config, source).images], run
+    return lambda: [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pictures().images], run
 
 
 def views(args: argparse.Namespace) -> list[dict]:
     """The view generator against Pillow, which computes one picture at a time on the CPU."""
     config = training_config(args)
-    results = measure({"ours": (views_case, config, args.source_size, args.device),
-                       "Pillow": (pillow_case, config, args.source_size)}, args)
+    results = measure({name: (case, config, args.source_size, args.device)
+                       for name, case in (("ours", views_case), ("Pillow", pillow_case))}, args)
     rates = {f"{name}, pictures/s": config.batch_size / result.median for name, result in results.items()}
     return [{"source": "x".join(map(str, args.source_size)), "views": 1 + config.random_views + config.focal_views,
              **results, **rates, "Pillow / ours": results["Pillow"].median / results["ours"].median}]
 
 
-def loss_case(config: TrainConfig, device: torch.device):
-    """The loss alone, forward and backward."""
-    anchors, e = (config.random_views + config.focal_views) * config.batch_size, config.output_dim
-    return (lambda: [torch.randn(rows, e, device=device, requires_grad=True) for rows in
-                     (anchors, config.batch_size, config.num_prototypes)], lambda x: msn_loss(*x).loss.backward())
-
-
 def growth(args: argparse.Namespace) -> list[dict]:
-    """Time and memory where one thing doubles. power: 1 is linear, 2 quadratic."""
-    config, rows = training_config(args), []
-    model, factors, end = config.model_config(), [2**i for i in range(args.doublings + 1)], args.device
-    models = [replace(model, image_size=config.image_size * factor) for factor in factors]
-    series = {f"tokens, {attn}": {1 + m.grid_size**2: (forward_case, "ours", m, attn, "model", "float32", 4, end)
-                                  for m in models} for attn in ("eager", "sdpa")}
-    series["prototypes"] = {k: (loss_case, replace(config, num_prototypes=k), end)
-                            for k in (config.num_prototypes * factor for factor in factors)}
-    series["focal views"] = {v: (step_case, replace(config, focal_views=v), "", args.source_size, end) for v in factors}
-    for name, cases in series.items():
-        before = None
-        for value, result in measure(cases, args).items():
-            power = math.log(result.median / before[1].median, value / before[0]) if before else ""
-            rows.append({"growing": name, "value": value, "result": result, "power": power})
-            before = value, result
+    """A step where one thing doubles. Time grows as value^power; tokens are the square of the image size."""
+    base, rows = training_config(args), []
+    for field, attn in (("image_size", "eager"), ("image_size", "sdpa"), ("num_prototypes", ""), ("focal_views", "")):
+        values = [max(getattr(base, field), 1) * 2**i for i in range(args.doublings + 1)]
+        results = measure({value: (step_case, replace(base, **{field: value}), attn, args.source_size, args.device)
+                           for value in values}, args)
+        rows += [{"growing": field, "attention": attn or "as trained", "value": value, "step": result,
+                  "power": math.log2(result.median / results[value // 2].median) if value != values[0] else ""}
+                 for value, result in results.items()]
     return rows
 
 
@@ -303,10 +279,10 @@ SUITES = {"inference": inference, "masking": train, "train": train, "views": vie
 
 
 def training_config(args: argparse.Namespace, recipe: str = "demo", **defaults) -> TrainConfig:
-    """Settings by train_msn.py's flags: a recipe's or preset's; a bare width changes small-16; else `recipe`."""
+    """Settings by train_msn.py's flags: a preset's or recipe's; a bare width changes small-16; else `recipe`."""
     given = {name: value for name, value in vars(args).items() if name in TrainConfig.__dataclass_fields__}
     recipe = args.preset or given.get("recipe") or ("small-16" if "hidden_size" in given else recipe)
-    small_batch = {"batch_size": 8} if recipe in PRESETS else {}  # where the published 1024 is not asked for
+    small_batch = {"batch_size": 8} if recipe in PRESETS else {}  # the published 1024 must be asked for
     config = make_config({**small_batch, **defaults, **given, "recipe": recipe, "device": args.device.type})
     args.source_size = args.source_size or [config.image_size * (1 if config.image_size < 64 else 2)] * 2
     return replace(config, precision=choose_precision(config.precision, args.device))
@@ -319,8 +295,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, suite in SUITES.items():
         sub = suites.add_parser(name, description=suite.__doc__, conflict_handler="resolve")
         add_flags(sub, TrainConfig)
-        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         sub.add_argument("--preset", choices=PRESETS, help="a published shape and its pretraining")
+        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         sub.add_argument("--threads", type=int, default=1 if name == "views" else torch.get_num_threads())
         sub.add_argument("--repeats", type=int, default=10)
         sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=name not in ("inference", "views"))
@@ -329,17 +305,15 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", help="file for machine, flags and rows; times in seconds, memory in MiB")
         sub.add_argument("--attn", nargs="+", choices=("eager", "sdpa", *["compiled"] * (name == "inference")),
                          default=["eager", "sdpa"] if name == "inference" else [""])
-        if name in ("train", "masking"):
-            ratios = [i / 10 for i in range(10)] if name == "masking" else None
-            sub.add_argument("--mask-ratios", type=float, nargs="+", default=ratios)
+        sub.add_argument("--mask-ratios", type=float, nargs="+", help="of suites train and masking",
+                         default=[i / 10 for i in range(10)] if name == "masking" else None)
+        sub.add_argument("--doublings", type=int, default=2, help="of suite growth")
         if name == "inference":
             sub.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
-            dtypes = {"nargs": "+", "choices": ("float32", "float16", "bfloat16"), "default": ["float32"]}
-            sub.add_argument("--precision", dest="precisions", **dtypes)
+            sub.add_argument("--precision", dest="precisions", nargs="+", default=["float32"],
+                             choices=("float32", "float16", "bfloat16"))
             sub.add_argument("--head", choices=("model", "classifier"), default="model")
             sub.add_argument("--against", nargs="+", choices=("transformers",), default=[])
-        if name == "growth":
-            sub.add_argument("--doublings", type=int, default=2)
     return parser
 
 
@@ -353,6 +327,11 @@ def describe_machine(args: argparse.Namespace) -> dict:
             **{name: __import__(name).__version__ for name in ("torch", *getattr(args, "against", ()))}}
 
 
+def show(value) -> str:
+    """A cell of the table."""
+    return (f"{value:.3g}" if value < 100 else f"{value:.0f}") if isinstance(value, float) else str(value)
+
+
 def main(argv: list[str]) -> None:
     """The command line; without a suite, inference."""
     args = make_parser().parse_args(argv if argv and argv[0] in (*SUITES, "-h", "--help") else ["inference", *argv])
@@ -362,10 +341,6 @@ def main(argv: list[str]) -> None:
     args.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     args.clock = time.process_time if args.cpu_time else time.perf_counter
     machine = describe_machine(args)
-
-    def show(value) -> str:
-        return (f"{value:.3g}" if value < 100 else f"{value:.0f}") if isinstance(value, float) else str(value)
-
     print(", ".join(f"{name} {show(value)}" for name, value in machine.items()), end="\n\n", flush=True)
     rows = SUITES[args.suite](args)
     columns = list(dict.fromkeys(name for row in rows for name in row))

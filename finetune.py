@@ -67,10 +67,10 @@ class FinetuneConfig:
     scratch_lr: float = opt(0.0, "from scratch; 0: tuned on a part of train that no draw uses", range=(0, 100))
     layer_decay: float = opt(0.65, "factor of the learning rate from each layer to the one below", range=(1e-6, 1))
     weight_decay: float = opt(0.05, "of AdamW", range=(0, 100))
-    drop_path_rate: float = opt(0.0, "stochastic depth of the last layer (train, all labels: 0.1)", range=(0, 0.99))
+    drop_path_rate: float = opt(0.0, "stochastic depth of the last layer (train on all: 0.1)", range=(0, 0.99))
     label_smoothing: float = opt(0.1, "share of the target that all classes get alike", range=(0, 0.999))
     warmup: float = opt(0.1, "share of the updates in the linear warm-up; then a cosine", range=(0, 1))
-    crop_scale: tuple = opt((0.8, 1.0), "share of the area in a random crop (train, all labels: 0.3 1)", range=(1e-6, 1))
+    crop_scale: tuple = opt((0.8, 1.0), "share of the area in a random crop (train on all: 0.3 1)", range=(1e-6, 1))
     flip: float = opt(0.5, "probability of a horizontal flip", range=(0, 1))
     clip_grad: float = opt(3.0, "joint norm to which gradients are clipped", range=(1e-6, 10**9))
     top: int = opt(5, "classes that predict names", range=(1, 10**6))
@@ -625,7 +625,8 @@ def neighbours(config: FinetuneConfig, images: list[str]) -> None:
     queries = pictures.paths[::math.ceil(len(pictures) / min(8, len(pictures) // 2))]
     query, others = (Pictures(paths, pictures.side) for paths in (
         queries, [path for path in pictures.paths if path not in set(queries)]))
-    save_neighbours(target, model, Images([], others, None, query, None), model.config.image_size, model.cls_token.device)
+    images_and_queries = Images([], others, None, query, None)
+    save_neighbours(target, model, images_and_queries, model.config.image_size, model.cls_token.device)
     print(f"written: {target}")
 
 
@@ -650,7 +651,7 @@ def main(argv: list[str]) -> None:
     given = vars(parser.parse_args(argv[bool(command):]))
     if command not in USING:
         chosen = any(given.get(name) for name in ("labels_per_class", "label_list"))
-        defaults = {**TRAIN, **({"fraction": ""} if chosen else {"crop_scale": (0.3, 1.0), "drop_path_rate": 0.1})}
+        defaults = TRAIN | ({"fraction": ""} if chosen else {"crop_scale": (0.3, 1.0), "drop_path_rate": 0.1})
         return (train_and_save if command else make_table)(FinetuneConfig(**{**(defaults if command else {}), **given}))
     run, used = USING[command]
     images = given.pop("images")

@@ -4,9 +4,9 @@
     python train_msn.py --recipe imagenette --data path/to/imagenette    # a folder of pictures
     torchrun --nproc-per-node=8 train_msn.py --recipe small-16 --data path/to/imagenet --batch-size 1024
 
-Each run has its folder (runs/<recipe>-001, ...): config.json, metrics.csv, knn.csv, pictures, checkpoint.pt, and at the
-end encoder/, which transformers loads. `--resume` goes on where it stopped, bit for bit. In reading order: settings,
-data, views, masks, schedules, many processes, one training step, evaluation, checkpoints, pictures, the loop.
+Each run has its folder (runs/<recipe>-001, ...): config.json, metrics.csv, knn.csv, pictures, checkpoint.pt, and at
+the end encoder/, which transformers loads. `--resume` goes on where it stopped, bit for bit. In reading order:
+settings, data, views and masks, schedules, processes, one training step, evaluation, checkpoints, pictures, the loop.
 """
 import argparse
 import csv
@@ -16,12 +16,14 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import tarfile
 import time
 import urllib.request
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -45,7 +47,6 @@ from vitmsn import (
 
 # ---- Settings: one frozen dataclass, from which the command line is derived ------------------------------------------
 
-
 class UsageError(ValueError):
     """What the user asked for can't be done: one line on the terminal, exit status 2."""
 
@@ -67,7 +68,7 @@ class TrainConfig:
     seed: int = opt(0, "of everything random", range=(0, 2**31 - 1))
     # How long
     epochs: int = opt(800, "length of the run and of the schedules", range=(1, 10**6))
-    max_steps: int = opt(0, "stop after so many steps (0: never); schedules are laid out over --epochs", range=(0, 10**12))
+    max_steps: int = opt(0, "stop early, after so many steps (0: never)", range=(0, 10**12))
     batch_size: int = opt(1024, "images per step over all processes", range=(2, 10**6))
     # Model
     image_size: int = opt(224, "pixels, of target view and random anchor views", range=(1, 4096))
@@ -86,7 +87,7 @@ class TrainConfig:
     focal_size: int = opt(96, "pixels, of focal views", range=(1, 4096))
     mask_ratio: float = opt(0.15, "share of patches dropped from each random anchor view", range=(0, 0.999))
     masking: str = opt("random", "which patches are dropped", choices=("random", "blockwise"))
-    crop_scale: tuple = opt((0.3, 1.0), "share of the image's area in target and random anchor views", range=(1e-6, 1))
+    crop_scale: tuple = opt((0.3, 1.0), "share of the image's area in target and random views", range=(1e-6, 1))
     focal_scale: tuple = opt((0.05, 0.3), "share of the image's area in focal views", range=(1e-6, 1))
     flip: float = opt(0.5, "probability of a horizontal flip", range=(0, 1))
     color_jitter: float = opt(0.5, "strength of the colour jitter, 1 is SimCLR's", range=(0, 1.25))
@@ -94,9 +95,8 @@ class TrainConfig:
     grey: float = opt(0.2, "probability of greyscale", range=(0, 1))
     blur: float = opt(0.5, "probability of Gaussian blur", range=(0, 1))
     blur_sigma: tuple = opt((0.1, 2.0), "deviation of the blur in pixels", range=(1e-3, 100))
-    anchor_view: str = opt("own", "own: each anchor has its augmentations; target: random anchors are the target's own "
-                           "pixels, recolored: with a colour jitter of their own (paper, table 9)",
-                           choices=("own", "recolored", "target"))
+    anchor_view: str = opt("own", "random anchors: augmented on their own, as the target, or as the target but "
+                           "for colour jitter (paper, table 9)", choices=("own", "recolored", "target"))
     # Objective
     temperature: float = opt(0.1, "tau of the anchor assignments", range=(1e-3, 100))
     sharpening: float = opt(0.25, "T: the targets' temperature is T tau", range=(1e-3, 1))
@@ -105,7 +105,7 @@ class TrainConfig:
     memax_weight: float = opt(1.0, "lambda of equation (1)", range=(0, 10**6))
     entropy_weight: float = opt(0.0, "weight of the mean entropy of single predictions", range=(0, 10**6))
     label_smoothing: float = opt(0.0, "of the prototype labels", range=(0, 0.999))
-    prior_exponent: float = opt(0.0, "exponent of PMSN's power-law prior; 0 is uniform, which is me-max", range=(0, 10))
+    prior_exponent: float = opt(0.0, "of PMSN's power-law prior; 0 is uniform, which is me-max", range=(0, 10))
     freeze_prototypes: bool = opt(False, "leave the prototypes where they were drawn (an ablation)")
     # Optimisation
     lr: float = opt(1e-3, "highest learning rate", range=(0, 100))
@@ -117,12 +117,11 @@ class TrainConfig:
     clip_grad: float = opt(3.0, "joint norm to which the encoder's gradients are clipped", range=(1e-6, 10**9))
     momentum: float = opt(0.996, "of the target encoder, at the start of its linear schedule", range=(0, 1))
     final_momentum: float = opt(1.0, "at the end", range=(0, 1))
-    schedule_stretch: float = opt(1.25, "schedules are laid out over so many times the run, whose end they do not reach "
-                                  "(the published 1.25 keeps the last steps from being wasted at rate 0)", range=(1, 10))
+    # The published 1.25 keeps the last steps from being wasted at rate 0.
+    schedule_stretch: float = opt(1.25, "schedules span so many times the run, not reaching their end", range=(1, 10))
     # Machine
     device: str = opt("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    precision: str = opt("auto", "auto: bfloat16 autocast where the hardware has it",
-                         choices=("auto", "float32", "bfloat16", "float64"))
+    precision: str = opt("auto", "auto: bfloat16 where fast", choices=("auto", "float32", "bfloat16", "float64"))
     gradient_checkpointing: bool = opt(False, "keep less, compute more")
     compile: bool = opt(False, "torch.compile the encoders")
     num_workers: int = opt(0, "processes that decode images", range=(0, 1000))
@@ -134,17 +133,13 @@ class TrainConfig:
     def __post_init__(self):
         for f in fields(self):
             check_range(f, getattr(self, f.name))
-        views = {self.image_size} | ({self.focal_size} if self.focal_views else set())
-        for size in views:
+        if self.random_views + self.focal_views == 0:
+            raise UsageError("random_views and focal_views are both 0; give at least one anchor view.")
+        for size in {self.image_size, self.focal_size if self.focal_views else self.image_size}:
             if size % self.patch_size:
                 below = max(size // self.patch_size, 1) * self.patch_size
                 raise UsageError(f"a view of {size} pixels is no whole number of patches of {self.patch_size}; use "
                                  f"{below} or {below + self.patch_size}.")
-        if self.random_views + self.focal_views == 0:
-            raise UsageError("random_views and focal_views are both 0; give at least one anchor view.")
-        for name in ("crop_scale", "focal_scale", "blur_sigma"):
-            if getattr(self, name)[0] > getattr(self, name)[1]:
-                raise UsageError(f"{name}={getattr(self, name)} must be (low, high) with low <= high.")
         try:
             self.model_config()
             num_patches_to_keep((self.image_size // self.patch_size) ** 2, self.mask_ratio)
@@ -153,33 +148,24 @@ class TrainConfig:
 
     def model_config(self) -> ViTMSNConfig:
         """The architecture. Dropout is 0 in pretraining, whatever a hub config says."""
-        return ViTMSNConfig(hidden_size=self.hidden_size, num_hidden_layers=self.num_hidden_layers,
-                            num_attention_heads=self.num_attention_heads, patch_size=self.patch_size,
-                            intermediate_size=self.intermediate_size or 4 * self.hidden_size,
-                            image_size=self.image_size, drop_path_rate=self.drop_path_rate)
+        return ViTMSNConfig(self.hidden_size, self.num_hidden_layers, self.num_attention_heads,
+                            self.intermediate_size or 4 * self.hidden_size, image_size=self.image_size,
+                            patch_size=self.patch_size, drop_path_rate=self.drop_path_rate)
 
 
 def check_range(f, value) -> None:
     """Raise UsageError if the value of field f is of another kind or outside its limits."""
-    values = value if f.type is tuple else (value,)
-    kinds = {int: (int,), bool: (bool,), str: (str,)}.get(f.type, (int, float))
-    wrong_kind = not isinstance(values, (tuple, list)) or any(
-        not isinstance(v, kinds) or (isinstance(v, bool) and f.type is not bool) for v in values)
-    if wrong_kind or (f.type is tuple and len(values) != 2):
-        raise UsageError(f"{f.name}={value!r} must be {'two numbers' if f.type is tuple else 'of type ' + f.type.__name__}.")
-    if "choices" in f.metadata and value not in f.metadata["choices"]:
-        raise UsageError(f"{f.name}={value!r} is not known; use one of {', '.join(f.metadata['choices'])}.")
-    low, high = f.metadata.get("range", (-math.inf, math.inf))
-    if "range" in f.metadata and not all(low <= v <= high for v in values):
-        raise UsageError(f"{f.name}={value!r} is out of range; use {low} to {high}.")
-
-
-def published(preset: str, mask_ratio: float, epochs: int, **changes) -> dict:
-    """The published pretraining of one shape (paper, Appendix A.1)."""
-    width, layers, heads, patch = PRESETS[preset]
-    # Views must be whole patches: 7-pixel patches tile 224, and of focal crops 98 is the nearest to 96.
-    return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "patch_size": patch,
-            "mask_ratio": mask_ratio, "epochs": epochs, "focal_size": 98 if patch == 7 else 96, **changes}
+    pair, seen = f.type is tuple, f"{f.name}={value!r}"
+    values, kinds = (value if pair else (value,)), ((int, float) if f.type in (float, tuple) else f.type)
+    if not isinstance(values, (tuple, list)) or len(values) != 1 + pair or not all(
+            isinstance(v, kinds) and isinstance(v, bool) == (f.type is bool) for v in values):
+        raise UsageError(f"{seen} must be {'two numbers' if pair else 'of type ' + f.type.__name__}.")
+    if value not in f.metadata.get("choices", (value,)):
+        raise UsageError(f"{seen} is not known; use one of {', '.join(f.metadata['choices'])}.")
+    if "range" in f.metadata:
+        low, high = f.metadata["range"]
+        if not all(low <= v <= high for v in values) or values[0] > values[-1]:
+            raise UsageError(f"{seen} is out of range; use {low} to {high}{', the lower one first' if pair else ''}.")
 
 
 SMALL = {  # what serves small images and short runs; the README's table of experiments says how it was found
@@ -197,13 +183,13 @@ RECIPES = {
     "imagenette": {**SMALL, "data": "imagenette", "epochs": 30, "image_size": 64, "patch_size": 8, "hidden_size": 192,
                    "num_hidden_layers": 6, "num_attention_heads": 3, "focal_views": 4, "focal_size": 32,
                    "num_prototypes": 128, "knn_every": 3},
-    "small-16": published("small-16", 0.15, 800),
-    "base-16": published("base-16", 0.3, 600),
-    "large-16": published("large-16", 0.5, 600),
-    "base-8": published("base-8", 0.3, 600),
-    "base-4": published("base-4", 0.7, 300),
-    "large-7": published("large-7", 0.7, 200),
 }
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+RECIPES |= {  # the published ones (paper, Appendix A.1). Views are whole patches: of 7 pixels, 98 is the nearest to 96
+    name: {**dict(zip(SHAPE, PRESETS[name], strict=True)), "mask_ratio": ratio, "epochs": epochs,
+           "focal_size": 98 if name == "large-7" else 96}
+    for name, ratio, epochs in (("small-16", 0.15, 800), ("base-16", 0.3, 600), ("large-16", 0.5, 600),
+                                ("base-8", 0.3, 600), ("base-4", 0.7, 300), ("large-7", 0.7, 200))}
 # Flags that a resumed run may change, because the result is the same.
 FREE_TO_CHANGE = ("resume", "output_dir", "num_workers", "max_steps", "checkpoint_every", "knn_every", "cache_mb")
 
@@ -211,13 +197,11 @@ FREE_TO_CHANGE = ("resume", "output_dir", "num_workers", "max_steps", "checkpoin
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
     """One --flag for each field of a dataclass; those that are not given stay out of the result."""
     for f in fields(config_class):
-        flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})"
-        if f.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            kind = {"type": float, "nargs": 2} if f.type is tuple else {"type": f.type}
-            parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"),
-                                choices=f.metadata.get("choices"), **kind)
+        kind = {"type": f.type, "choices": f.metadata.get("choices")}
+        if f.type in (bool, tuple):
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": float, "nargs": 2}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
 
 
 def make_config(given: dict) -> TrainConfig:
@@ -231,7 +215,6 @@ def make_config(given: dict) -> TrainConfig:
 def run_program(main, argv: list[str] | None = None) -> int:
     """Run a command line: errors are one line for people, unless --debug asks for the traceback. -> exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
     try:
         main([a for a in argv if a != "--debug"])
         return 0
@@ -239,14 +222,14 @@ def run_program(main, argv: list[str] | None = None) -> int:
         print("stopped.", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
-        if debug:
+        if "--debug" in argv:
             raise
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
 def generator_for(seed: int, *stream: int) -> torch.Generator:
-    """A generator that is a pure function of the seed and of what it is for: STREAMS' name, epoch, step, rank."""
+    """A generator that is a pure function of the seed and of what it is for: a name below, then epoch or step, rank."""
     state = np.random.SeedSequence([seed, *stream]).generate_state(2)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
@@ -268,7 +251,6 @@ class Batch(NamedTuple):
 
 class ImagesInMemory(Dataset):
     """Images of one size. images: n c height width."""
-
     def __init__(self, images: Tensor):
         self.images = images
 
@@ -283,15 +265,14 @@ class ImagesInMemory(Dataset):
 class ImageFiles(Dataset):
     """Images that are read when they are asked for. Pictures whose shorter side is over `side` pixels are reduced to
     it: a batch of camera pictures would not fit into memory. Decoded ones are kept up to `cache_bytes`."""
-
     def __init__(self, paths: list[Path], side: int, cache_bytes: int):
         self.paths, self.side, self.free_bytes = paths, side, cache_bytes
         self.cache: dict[int, Tensor] = {}
         sample = range(0, len(paths), max(len(paths) // 32, 1))
         readable = sum(self.read(i) is not None for i in sample)
         if 2 * readable <= len(sample):
-            raise ValueError(f"of {len(sample)} files looked at in {paths[0].parent}, only {readable} are readable "
-                             "images; check the folder.")
+            raise ValueError(f"of {len(sample)} files tried in {paths[0].parent}, only {readable} are readable images; "
+                             "check the folder.")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -302,9 +283,8 @@ class ImageFiles(Dataset):
             return self.cache[i]
         try:
             pixels = load_image(self.paths[i], self.side)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError, OverflowError, TypeError,
-                IndexError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, EOFError):
-            return None  # what Pillow's parsers raise on damaged files
+        except Exception:  # Pillow's parsers raise every kind there is on damaged files
+            return None
         if pixels.nbytes <= self.free_bytes:
             self.cache[i] = pixels
             self.free_bytes -= pixels.nbytes
@@ -313,13 +293,12 @@ class ImageFiles(Dataset):
     def __getitems__(self, indices: list[int]) -> Batch:
         images, used, unreadable = [], [], []
         for i in indices:
-            for j in range(i, i + len(self)):  # the next readable image, the same whoever reads
-                pixels = self.read(j % len(self))
-                if pixels is not None:
+            for j in (k % len(self) for k in range(i, i + len(self))):  # the next readable one, the same whoever reads
+                if (pixels := self.read(j)) is not None:
                     break
-                unreadable.append(str(self.paths[j % len(self)]))
+                unreadable.append(str(self.paths[j]))
             images.append(pixels)
-            used.append(j % len(self))
+            used.append(j)
         sizes = torch.tensor([image.shape[-2:] for image in images])
         canvas = torch.zeros(len(images), 3, *sizes.amax(dim=0).tolist(), dtype=torch.uint8)
         for row, image in zip(canvas, images, strict=True):
@@ -358,9 +337,6 @@ def open_data(config: TrainConfig) -> Images:
     return folder_images(Path(config.data), 2 * config.image_size, config.cache_mb * 2**20)
 
 
-TEXTURES = ("stripes", "checks", "dots", "waves", "honeycomb", "bricks", "zigzag", "rings", "blobs", "grain")
-
-
 def smooth_noise(count: int, size: int, width: float, rng: np.random.Generator) -> np.ndarray:
     """Gaussian noise blurred by `width` pixels, of deviation 1. -> count size size."""
     frequency = np.fft.fftfreq(size)[:, None] ** 2 + np.fft.fftfreq(size) ** 2
@@ -369,45 +345,46 @@ def smooth_noise(count: int, size: int, width: float, rng: np.random.Generator) 
     return noise / noise.std(axis=(1, 2), keepdims=True)
 
 
-def draw_texture(kind: int, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+cos, sin, tanh = np.cos, np.sin, np.tanh
+TEXTURES = {  # u, v: phases in two directions at right angles; n(width): smooth noise; all count size size
+    "stripes": lambda u, v, n: tanh(3 * sin(u)),
+    "checks": lambda u, v, n: tanh(6 * sin(u / 1.4) * sin(v / 1.4)),
+    "dots": lambda u, v, n: tanh(4 * (cos(u) + cos(v) - 0.9)),
+    "waves": lambda u, v, n: tanh(3 * sin(u + 1.5 * sin(v / 1.5))),
+    "honeycomb": lambda u, v, n: tanh(3 * (cos(u) + cos(-u / 2 + v * 0.866) + cos(-u / 2 - v * 0.866) + 0.3)),
+    "bricks": lambda u, v, n: 1 - 2.0 * ((cos(v * 2) > 0.75) | (cos(u / 1.2 + np.pi * (np.floor(v / np.pi) % 2)) > 0.9)),
+    "zigzag": lambda u, v, n: tanh(3 * sin(u + 2.2 * np.arcsin(sin(v / 1.6)))),
+    "rings": lambda u, v, n: tanh(3 * sin(2.2 * np.hypot(*((p / 2.5) % (2 * np.pi) - np.pi for p in (u, v))))),
+    "blobs": lambda u, v, n: tanh(2 * n(1.5)),
+    "grain": lambda u, v, n: tanh(2 * n(0.3))}
+
+
+def draw_texture(kind: str, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Grey textures of one kind, each with its own turn, period, phase and bends. -> count size size."""
     shape = (count, 1, 1)
     turn, period = rng.uniform(0, 2 * np.pi, shape), rng.uniform(5, 9, shape)
-    y, x = np.mgrid[:size, :size]
     # Bent, so that no two images match pixel by pixel.
+    y, x = np.mgrid[:size, :size]
     x, y = (axis + 1.5 * smooth_noise(count, size, 5, rng) for axis in (x, y))
     u = 2 * np.pi * (np.cos(turn) * x + np.sin(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
     v = 2 * np.pi * (-np.sin(turn) * x + np.cos(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
-    third = [np.cos(u), np.cos(-u / 2 + v * 0.866), np.cos(-u / 2 - v * 0.866)]
-    return [
-        lambda: np.tanh(3 * np.sin(u)),
-        lambda: np.tanh(6 * np.sin(u / 1.4) * np.sin(v / 1.4)),
-        lambda: np.tanh(4 * (np.cos(u) + np.cos(v) - 0.9)),
-        lambda: np.tanh(3 * np.sin(u + 1.5 * np.sin(v / 1.5))),
-        lambda: np.tanh(3 * (sum(third) + 0.3)),
-        lambda: 1 - 2.0 * ((np.cos(v * 2) > 0.75) | (np.cos(u / 1.2 + np.pi * (np.floor(v / np.pi) % 2)) > 0.9)),
-        lambda: np.tanh(3 * np.sin(u + 2.2 * np.arcsin(np.sin(v / 1.6)))),
-        lambda: np.tanh(3 * np.sin(2.2 * np.hypot((u / 2.5) % (2 * np.pi) - np.pi, (v / 2.5) % (2 * np.pi) - np.pi))),
-        lambda: np.tanh(2 * smooth_noise(count, size, 1.5, rng)),
-        lambda: np.tanh(2 * smooth_noise(count, size, 0.3, rng)),
-    ][kind]()
+    return TEXTURES[kind](u, v, lambda width: smooth_noise(count, size, width, rng))
 
 
 def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 32) -> Images:
     """Ten kinds of grey texture. The class is what any two crops of an image have in common; place, turn, period and
     contrast are not, so raw pixels say little. (In colour, colour tells images apart, and the method learns that.)"""
     rng = np.random.default_rng([seed, IMAGES])
-    total, kinds = train + val, len(TEXTURES)
-    labels = np.arange(total) % kinds
-    pixels = np.empty((total, size, size), np.float32)
-    for kind in range(kinds):
-        pixels[labels == kind] = draw_texture(kind, int((labels == kind).sum()), size, rng)
+    labels, kinds = torch.arange(train + val) % len(TEXTURES), len(TEXTURES)
+    pixels = np.empty((train + val, size, size), np.float32)
+    for label, kind in enumerate(TEXTURES):
+        pixels[label::kinds] = draw_texture(kind, len(pixels[label::kinds]), size, rng)
     pixels -= pixels.mean(axis=(1, 2), keepdims=True)  # neither brightness nor contrast may give the kind away
     pixels /= pixels.std(axis=(1, 2), keepdims=True)
-    contrast = rng.uniform(0.4, 1, (total, 1, 1)) * rng.choice([-1, 1], (total, 1, 1))
-    pixels = 127.5 + 60 * contrast * pixels + rng.uniform(-30, 30, (total, 1, 1)) + rng.normal(0, 6, pixels.shape)
+    shape = (train + val, 1, 1)
+    contrast = rng.uniform(0.4, 1, shape) * rng.choice([-1, 1], shape)
+    pixels = 127.5 + 60 * contrast * pixels + rng.uniform(-30, 30, shape) + rng.normal(0, 6, pixels.shape)
     images = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).unsqueeze(1).repeat(1, 3, 1, 1)
-    labels = torch.from_numpy(labels)
     return Images(list(TEXTURES), ImagesInMemory(images[:train]), labels[:train], ImagesInMemory(images[train:]),
                   labels[train:])
 
@@ -416,44 +393,50 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 
 
-class CifarUnpickler(pickle.Unpickler):
-    """CIFAR-10's files are pickles. This one knows numpy arrays and plain values, and refuses to call anything else."""
-    ALLOWED = {("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct if hasattr(np, "_core")
-               else np.core.multiarray._reconstruct, ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+class PickledArray:
+    """Keeps what a pickle would hand to numpy, whose own functions trust it: an array of objects at any address."""
+    def __init__(self, *arguments):
+        self.state = arguments
 
+    def __setstate__(self, state):
+        self.state = state
+
+
+class CifarUnpickler(pickle.Unpickler):
+    """CIFAR-10's files are pickles. This one calls nothing of anyone's: arrays stay what the file says of them."""
     def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return lambda text, _: text.encode("latin1")
+        if not re.fullmatch(r"numpy(\._?core\.multiarray)?\.(_reconstruct|ndarray|dtype)", f"{module}.{name}"):
             raise ValueError(f"it asks for {module}.{name}, which no CIFAR-10 file does")
-        return self.ALLOWED[module, name]
+        return PickledArray
 
 
 def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
     """One of the original batches -> images n 3 32 32 (uint8), labels n."""
+    stored = io.BytesIO(path.read_bytes())
     try:
-        content = CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        pixels, labels = np.asarray(content[b"data"]), torch.tensor(content[b"labels"])
-        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3072) or not 0 <= labels.min() <= labels.max() < 10:
-            raise ValueError(f"data is {pixels.dtype} {pixels.shape} with {len(labels)} labels")
-        return torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), labels
-    except OSError:
-        raise
+        content = CifarUnpickler(stored, encoding="bytes").load()
+        _, shape, _, _, pixels = content[b"data"].state
+        labels = torch.tensor(list(bytes([*content[b"labels"]])))  # bytes() takes a flat list of small numbers only
+        if shape != (len(labels), 3072) or labels.max() > 9:
+            raise ValueError(f"data is {shape} with {len(labels)} labels")
+        return torch.tensor(np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)), labels
     except Exception as error:  # an unpickler fed with garbage raises every kind there is
         raise ValueError(f"{path} is no CIFAR-10 python batch: {error}") from None
 
 
 def cifar10_images(data_dir: Path) -> Images:
     """The data_batch_* files that are there; if there are none, the archive is downloaded, checked and unpacked."""
-    folder = next((f for f in (data_dir, data_dir / "cifar-10-batches-py") if (f / "test_batch").is_file()), None)
-    if folder is None:
-        folder = download_cifar10(data_dir)
-    batches = sorted(folder.glob("data_batch_[1-5]"))
+    found = [f for f in (data_dir, data_dir / "cifar-10-batches-py") if (f / "test_batch").is_file()]
+    folder = found[0] if found else download_cifar10(data_dir)
+    batches = [read_cifar_batch(path) for path in sorted(folder.glob("data_batch_[1-5]"))]
     if not batches:
         raise FileNotFoundError(f"{folder} has a test_batch but no data_batch_1 ... data_batch_5.")
-    parts = [read_cifar_batch(path) for path in batches]
+    train, train_labels = map(torch.cat, zip(*batches, strict=True))
     val, val_labels = read_cifar_batch(folder / "test_batch")
     classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    return Images(classes, ImagesInMemory(torch.cat([p[0] for p in parts])), torch.cat([p[1] for p in parts]),
-                  ImagesInMemory(val), val_labels)
+    return Images(classes, ImagesInMemory(train), train_labels, ImagesInMemory(val), val_labels)
 
 
 def download_cifar10(data_dir: Path) -> Path:
@@ -486,42 +469,26 @@ def image_paths(folder: Path) -> list[Path]:
 
 def folder_images(folder: Path, side: int, cache_bytes: int) -> Images:
     """train/CLASS/* and val/CLASS/* (only CLASS folders: labels), or any tree of images without labels."""
-    train = image_paths(folder / "train" if (folder / "train").is_dir() else folder)
-    val = image_paths(folder / "val") if (folder / "val").is_dir() else []
-    if not val or any(path.parent.parent != folder / "train" for path in train):
-        return Images([], ImageFiles(train, side, cache_bytes), None, None, None)
-    classes = sorted({path.parent.name for path in train})
-    unknown = sorted({path.parent.name for path in val} - set(classes))
-    if unknown:
-        raise UsageError(f"{folder / 'val'} has classes that train lacks: {', '.join(unknown[:5])}.")
-    labels = [torch.tensor([classes.index(path.parent.name) for path in paths]) for paths in (train, val)]
-    return Images(classes, ImageFiles(train, side, cache_bytes), labels[0], ImageFiles(val, side, cache_bytes), labels[1])
+    train, val = folder / "train", folder / "val"
+    paths = image_paths(train if train.is_dir() else folder)
+    images = ImageFiles(paths, side, cache_bytes)
+    if not val.is_dir() or any(path.parent.parent != train for path in paths):
+        return Images([], images, None, None, None)
+    val_paths, classes = image_paths(val), sorted({path.parent.name for path in paths})
+    if unknown := sorted({path.parent.name for path in val_paths} - set(classes)):
+        raise UsageError(f"{val} has classes that train lacks: {', '.join(unknown[:5])}.")
+    labels, val_labels = (torch.tensor([classes.index(p.parent.name) for p in part]) for part in (paths, val_paths))
+    return Images(classes, images, labels, ImageFiles(val_paths, side, cache_bytes), val_labels)
 
 
-class StepBatches:
+def step_batches(config: TrainConfig, num_images: int, steps: range, rows: slice) -> Iterator[list[int]]:
     """Which images each step of this process takes: the epoch's order is drawn from (seed, epoch), the global batch of
     the step is a stretch of it, and the process takes its rows."""
-
-    def __init__(self, config: TrainConfig, num_images: int, first_step: int, last_step: int, rows: slice):
-        self.config, self.num_images, self.rows = config, num_images, rows
-        self.steps = range(first_step, last_step)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self):
-        size, drawn_for = self.config.batch_size, None
-        for step in self.steps:
-            epoch, place = divmod(step, self.num_images // size)
-            if epoch != drawn_for:
-                order = torch.randperm(self.num_images, generator=generator_for(self.config.seed, ORDER, epoch))
-                drawn_for = epoch
-            yield order[place * size:(place + 1) * size][self.rows].tolist()
-
-
-def same(batch: Batch) -> Batch:
-    """The collate function: images come as batches already."""
-    return batch
+    for step in steps:
+        epoch, place = divmod(step, num_images // config.batch_size)
+        if place == 0 or step == steps.start:
+            order = torch.randperm(num_images, generator=generator_for(config.seed, ORDER, epoch))
+        yield order[place * config.batch_size:][rows].tolist()
 
 
 # ---- Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur; whole batches on the training device
@@ -548,8 +515,8 @@ def crop_boxes(u: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:
 
 
 def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> Tensor:
-    """One axis of a bilinear resize with antialiasing (Pillow's): pixels start ... start + length - 1 of num_inputs become
-    `size`, each a triangle-weighted mean of those around its centre. start, length: b -> b size num_inputs."""
+    """One axis of a bilinear resize with antialiasing (Pillow's): pixels start ... start + length - 1 of num_inputs
+    become `size`, each a triangle-weighted mean of those around its centre. start, length: b -> b size num_inputs."""
     scale = (length / size).float()[:, None, None]
     centre = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
     position = torch.arange(num_inputs, device=start.device) + 0.5
@@ -561,20 +528,18 @@ def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     """Cut a box out of each image and resize it, as two matrix products per image; a flip reverses one of them.
-
-    images: b c height width (uint8, on the device), boxes: b 4, flip: b (both on the CPU) -> b c size size in [0, 1].
-    """
+    images: b c height width (uint8, on the device), boxes: b 4, flip: b (both on the CPU) -> b c size size in [0, 1]."""
     # Every box is cut out as a window of the largest one, so that the products run over no more than that.
     window = boxes[:, 2:].amax(dim=0)
     corner = torch.minimum(boxes[:, :2], torch.tensor(images.shape[-2:]) - window)
     start = boxes[:, :2] - corner
     height, width = window.tolist()
-    rows = resize_matrix(start[:, 0], boxes[:, 2], height, size)
+    rows = resize_matrix(start[:, 0], boxes[:, 2], height, size) / 255
     columns = resize_matrix(start[:, 1], boxes[:, 3], width, size)
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    columns[flip] = columns[flip].flip(1)
     windows = images.unfold(2, height, 1).unfold(3, width, 1)  # a view: nothing is copied before the next line
     top, left = corner.to(images.device).unbind(dim=1)
-    cut = windows[torch.arange(len(images), device=images.device), :, top, left].float() / 255
+    cut = windows[torch.arange(len(images), device=images.device), :, top, left].float()
     half = torch.bmm(rearrange(cut, "b c h w -> b (c h) w"), columns.to(images.device).transpose(1, 2))
     half = rearrange(half, "b (c h) w -> b h (c w)", h=height)
     return rearrange(torch.bmm(rows.to(images.device), half), "b h (c w) -> b c h w", w=size)
@@ -587,12 +552,14 @@ def to_grey(pixels: Tensor) -> Tensor:
 
 def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` of a full circle; saturation and value stay. pixels: b 3 h w, shift: b 1 1 1."""
-    value, which = pixels.max(dim=1, keepdim=True)
-    chroma = value - pixels.amin(dim=1, keepdim=True)
     red, green, blue = pixels.split(1, dim=1)
-    over = torch.where(which == 0, green - blue, torch.where(which == 1, blue - red, red - green))
-    hue = over / chroma.clamp(min=1e-8) + 2 * which + 6 * shift  # in sixths of the circle
-    sector = (hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    scale = 1 / chroma.clamp(min=1e-8)
+    hue = torch.where(value == red, (green - blue) * scale, torch.where(  # in sixths of the circle
+        value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale))
+    sector = hue + 6 * shift + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]
+    sector = sector - 6 * (sector / 6).floor()  # on a CPU twice as fast as % 6
     return value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
 
 
@@ -612,21 +579,21 @@ COLOR_OPERATIONS = (  # brightness, contrast, saturation, hue, as torchvision an
 def color_jitter(pixels: Tensor, strength: float, apply: Tensor, u_factors: Tensor, u_order: Tensor) -> Tensor:
     """SimCLR's colour jitter: four adjustments in an order of each image's own. pixels: b 3 h w in [0, 1]; apply: b;
     u_factors, u_order: b 4 (the last three on the CPU: which rows a step takes is known without asking the device)."""
-    spread = strength * torch.tensor([0.8, 0.8, 0.8, 0.2])
-    factors = torch.cat([(1 - spread[:3]).clamp(min=0), -spread[3:]]) + u_factors * torch.cat(
-        [(1 + spread[:3]) - (1 - spread[:3]).clamp(min=0), 2 * spread[3:]])
+    spread, middle = strength * torch.tensor([0.8, 0.8, 0.8, 0.2]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    low = torch.where(middle > 0, (middle - spread).clamp(min=0), -spread)
+    factors = low + u_factors * (middle + spread - low)
     order = u_order.argsort(dim=1)
     for place in range(4):
         for kind, operation in enumerate(COLOR_OPERATIONS):
             rows = (apply & (order[:, place] == kind)).nonzero()[:, 0]
             if len(rows):
                 factor, rows = factors[rows, kind].to(pixels.device)[:, None, None, None], rows.to(pixels.device)
-                pixels[rows] = operation(pixels[rows], factor)
+                pixels.index_copy_(0, rows, operation(pixels.index_select(0, rows), factor))
     return pixels
 
 
 def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
-    """Blur by a Gaussian, as one matrix product per axis; weights that fall outside are left out. sigma: b, in pixels."""
+    """Blur by a Gaussian, a matrix product per axis; weights that fall outside are left out. sigma: b, in pixels."""
     place = torch.arange(pixels.shape[-1], device=pixels.device)
     weights = (-0.5 * ((place[:, None] - place) / sigma[:, None, None]) ** 2).softmax(dim=-1)[:, None]
     return weights @ pixels @ weights.transpose(-1, -2)
@@ -642,25 +609,20 @@ def make_view(batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size:
     boxes = crop_boxes(draws["crop"], batch.sizes, scale)
     pixels = crop_and_resize(batch.images, boxes, draws["flip"][:, 0] < config.flip, size)
     if config.color_jitter > 0:
-        pixels = color_jitter(pixels, config.color_jitter, draws["jitter"][:, 0] < config.jitter, draws["factors"],
-                              draws["order"])
-    grey = (draws["grey"][:, 0] < config.grey).nonzero()[:, 0].to(pixels.device)
-    if len(grey):
+        apply = draws["jitter"][:, 0] < config.jitter
+        pixels = color_jitter(pixels, config.color_jitter, apply, draws["factors"], draws["order"])
+    if len(grey := (draws["grey"][:, 0] < config.grey).nonzero()[:, 0].to(pixels.device)):
         pixels[grey] = to_grey(pixels[grey]).expand(-1, 3, -1, -1)
-    blurred = (draws["blur"][:, 0] < config.blur).nonzero()[:, 0]
-    if len(blurred):
+    if len(blurred := (draws["blur"][:, 0] < config.blur).nonzero()[:, 0]):
         low, high = config.blur_sigma
-        sigma = (low + (high - low) * draws["blur"][blurred, 1]).to(pixels.device)
-        blurred = blurred.to(pixels.device)
+        sigma, blurred = (x.to(pixels.device) for x in (low + (high - low) * draws["blur"][blurred, 1], blurred))
         pixels[blurred] = gaussian_blur(pixels[blurred], sigma)
     return normalize(pixels)
 
 
 def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Target view, then the anchor views (random, focal), and the patches to keep of each anchor view.
-
-    A pure function of the images and of (seed, step): `rows` are this process's rows of the global batch.
-    """
+    """Target view, then the anchor views (random, focal), and the patches to keep of each anchor view: a pure function
+    of the images and of (seed, step). `rows` are this process's rows of the global batch."""
     count = 1 + config.random_views + config.focal_views
     draws = draw_views(config.batch_size, count, generator_for(config.seed, VIEWS, step))
     if config.anchor_view != "own":  # paper, table 9: the anchor is the target's own view, perhaps in other colours
@@ -694,7 +656,7 @@ def warmup_cosine(step: float, warmup_steps: int, total_steps: int, start: float
     """Linear from start to peak in warmup_steps, then a cosine to final at total_steps."""
     if step < warmup_steps:
         return linear(step, warmup_steps, start, peak)
-    return max(final, cosine(step - warmup_steps, max(1, total_steps - warmup_steps), peak, final))
+    return cosine(step - warmup_steps, max(1, total_steps - warmup_steps), peak, final)
 
 
 class StepValues(NamedTuple):
@@ -885,7 +847,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
             f"{loss.memax.item():.4g}, entropy {loss.entropy.item():.4g}), gradient norm {grad_norm.item():.4g}")
     for group in optimizer.param_groups:
         group["lr"] = now.lr
-        group["weight_decay"] = now.weight_decay if group["weight_decay"] else 0.0
+    optimizer.param_groups[0]["weight_decay"] = now.weight_decay  # the first group is the one that decays
     optimizer.step()
     network.update_target(now.momentum)
     return loss, grad_norm
@@ -1064,13 +1026,13 @@ def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 def to_picture(pixels: Tensor, keep: Tensor | None = None, patch_size: int = 1) -> np.ndarray:
-    """A normalised image as uint8, its dropped patches in grey. pixels: 3 h w, keep: kept -> h w 3."""
+    """A normalised image as uint8, its dropped patches in a pale orange. pixels: 3 h w, keep: kept -> h w 3."""
     std, mean = (pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_STD, IMAGENET_MEAN))
     picture = ((pixels.float() * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
     if keep is not None:
         side = len(picture) // patch_size
         kept = np.isin(np.arange(side * side), keep.cpu().numpy()).reshape(side, side)
-        picture = np.where(kept.repeat(patch_size, 0).repeat(patch_size, 1)[..., None], picture, np.uint8(190))
+        picture = np.where(kept.repeat(patch_size, 0).repeat(patch_size, 1)[..., None], picture, np.uint8([255, 220, 180]))
     return picture
 
 
@@ -1278,8 +1240,8 @@ def train(config: TrainConfig, folder: Path, content: dict | None, processes: Pr
         announce(config, folder, data, network, first_step, last_step)
         record = Record(folder, config, first_step, last_step, content["elapsed"] if content else 0.0)
     stop, unreadable = StopSignal(), set()
-    batches = StepBatches(config, len(data.train), first_step, last_step, rows)
-    loader = DataLoader(data.train, batch_sampler=batches, collate_fn=same, num_workers=config.num_workers)
+    batches = step_batches(config, len(data.train), range(first_step, last_step), rows)
+    loader = DataLoader(data.train, batch_sampler=batches, collate_fn=Batch._make, num_workers=config.num_workers)
     for step, batch in enumerate(loader, first_step):
         report_unreadable(batch, unreadable)
         torch.manual_seed(generator_for(config.seed, DROPOUT, step, processes.rank).initial_seed())

@@ -312,7 +312,8 @@ def test_an_unreadable_training_image_is_replaced_in_the_draws_and_counted(world
     (tmp_path / "train").symlink_to(world / "data" / "train")
     for name in CLASSES:
         (tmp_path / "val" / name).mkdir(parents=True)
-        (tmp_path / "val" / name / "1.png").write_bytes(next((world / "data" / "val" / name).glob("*1é.png")).read_bytes())
+        picture = next((world / "data" / "val" / name).glob("*1é.png"))
+        (tmp_path / "val" / name / "1.png").write_bytes(picture.read_bytes())
     before, _, _ = open_experiment(config)
     broken = before.columns["2/class"][0][0]
     monkey = finetune.ImageFiles.read
