@@ -19,7 +19,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -37,19 +36,6 @@ from vitmsn import (
 
 # ---- Measuring. A case is a tuple (make, *arguments): make gives two functions, of a new input and what to time ------
 
-
-class Result(NamedTuple):
-    """Seconds: median, first and third quartile; peak memory in MiB."""
-    median: float
-    low: float
-    high: float
-    memory: float | None = None
-
-    def __str__(self) -> str:
-        times = "{:.4g} [{:.4g}, {:.4g}]".format(*(1000 * seconds for seconds in self[:3]))
-        return times if self.memory is None else f"{times}, {self.memory:.0f} MiB"
-
-
 def seconds_of(run, x, args: argparse.Namespace) -> float:
     """Time of run(x): by the clock, on CUDA by the device's own events."""
     if args.device.type != "cuda":
@@ -65,17 +51,17 @@ def seconds_of(run, x, args: argparse.Namespace) -> float:
 
 
 def measure(cases: dict, args: argparse.Namespace, warm_up: int = 2) -> dict:
-    """A Result for each case. Interleaved, so that what disturbs the machine disturbs all alike."""
-    memory, seconds = dict.fromkeys(cases), {name: [] for name in cases}
+    """Seconds (median, quartiles) and MiB of each case. Interleaved: what disturbs the machine disturbs all alike."""
+    memory, seconds = {name: {} for name in cases}, {name: [] for name in cases}
     for name, case in cases.items() if args.memory else ():
         with get_context("spawn").Pool(1) as pool:
-            memory[name] = pool.apply(peak_memory, (args.threads, args.device, *case)) / 2**20
+            memory[name] = {"memory": pool.apply(peak_memory, (args.threads, args.device, *case)) / 2**20}
     ready = {name: make(*arguments) for name, (make, *arguments) in cases.items()}
     for _ in range(warm_up + args.repeats):
         for name, (new_input, run) in ready.items():
             seconds[name].append(seconds_of(run, new_input(), args))
-    return {name: Result(*np.quantile(values[warm_up:], (0.5, 0.25, 0.75)).tolist(), memory[name])
-            for name, values in seconds.items()}
+    quartiles = {name: np.quantile(values[warm_up:], (0.5, 0.25, 0.75)).tolist() for name, values in seconds.items()}
+    return {name: dict(zip(("median", "low", "high"), quartiles[name], strict=True)) | memory[name] for name in cases}
 
 
 def peak_memory(threads: int, device: torch.device, make, *arguments) -> int:
@@ -98,7 +84,7 @@ def matmul_peak(precision: str, args: argparse.Namespace) -> float:
 
 
 def forward_flops(config: ViTMSNConfig, patches: int, class_token_only: bool = True) -> int:
-    """Of one image through the encoder, a multiplication and an addition as two. class_token_only: in the last layer."""
+    """Of one image through the encoder, a product and its sum as two. class_token_only: in the last layer."""
     d, n = config.hidden_size, 1 + patches
     queries = n * (config.num_hidden_layers - 1) + (1 if class_token_only else n)  # in all layers; the keys: n in each
     linear = queries * d * (2 * d + 2 * config.intermediate_size) + config.num_hidden_layers * n * 2 * d * d
@@ -126,30 +112,33 @@ def forward_case(library: str, config: ViTMSNConfig, attn: str, head: str, preci
     else:
         import transformers
         auto = {"model": transformers.AutoModel, "classifier": transformers.AutoModelForImageClassification}[head]
-        model = auto.from_config(transformers.ViTMSNConfig(**config.to_dict()),
-                                 attn_implementation=config.attn_implementation)
-    model = model.to(device, getattr(torch, precision)).eval()
+        theirs = transformers.ViTMSNConfig(**config.to_dict())
+        model = auto.from_config(theirs, attn_implementation=config.attn_implementation)
+    model, dtype = model.to(device, getattr(torch, precision)).eval(), getattr(torch, precision)
     if attn == "compiled":  # CUDA graphs spare the launches, which at batch 1 take most of the time
         model.compile(mode="reduce-overhead" if device.type == "cuda" else None)
     shape = batch, config.num_channels, config.image_size, config.image_size
-    return lambda: torch.randn(shape, device=device).to(getattr(torch, precision)), torch.inference_mode()(model)
+    return lambda: torch.randn(shape, device=device).to(dtype), torch.inference_mode()(model)
 
 
 def inference(args: argparse.Namespace) -> list[dict]:
     """A row for each precision and batch size, a column for each attention path and library."""
-    model, rows = training_config(args, "base-16", focal_views=0).model_config(), []
-    flops = forward_flops(model, model.grid_size**2, args.head == "classifier")
+    config, rows = training_config(args, "base-16", focal_views=0).model_config(), []
+    flops = forward_flops(config, config.grid_size**2, args.head == "classifier")
     for precision in args.precisions:
         peak = matmul_peak(precision, args)
         for batch in args.batch_sizes:
-            row = {"precision": precision, "batch": batch}
-            results = measure({(attn, library): (forward_case, library, model, attn, args.head, precision, batch, args.device)
+            row, rest = {"precision": precision, "batch": batch}, (args.head, precision, batch, args.device)
+            results = measure({(attn, library): (forward_case, library, config, attn, *rest)
                                for attn in args.attn for library in ("ours", *args.against)}, args)
             for (attn, library), result in results.items():
-                row |= ({attn: result, f"of peak, {attn}": batch * flops / result.median / peak} if library == "ours" else
-                        {f"{attn}, {library}": result, f"ratio, {attn}": result.median / results[attn, "ours"].median})
+                if library == "ours":
+                    row |= {attn: result, f"{attn}, of peak": batch * flops / result["median"] / peak}
+                else:
+                    ratio = result["median"] / results[attn, "ours"]["median"]
+                    row |= {f"{attn}, {library}": result, f"{attn}, {library} / ours": ratio}
             if {"eager", "sdpa"} <= set(args.attn):
-                row["eager / sdpa"] = results["eager", "ours"].median / results["sdpa", "ours"].median
+                row["eager / sdpa"] = results["eager", "ours"]["median"] / results["sdpa", "ours"]["median"]
             rows.append(row)
     return rows
 
@@ -199,15 +188,15 @@ def step_shares(case: tuple, args: argparse.Namespace) -> dict:
 
 def train(args: argparse.Namespace) -> list[dict]:
     """A row for each attention path and mask ratio (suite masking: without focal views, which are never masked)."""
-    base = training_config(args, **({"focal_views": 0} if args.suite == "masking" else {}))
+    base, rows = training_config(args, **({"focal_views": 0} if args.suite == "masking" else {})), []
     configs = {ratio: replace(base, mask_ratio=ratio) for ratio in args.mask_ratios or [base.mask_ratio]}
     cases = {(attn, ratio): (step_case, config, attn, args.source_size, args.device)
              for attn in args.attn for ratio, config in configs.items()}
-    peak, rows = matmul_peak(base.precision, args), []
+    peak = matmul_peak(base.precision, args)
     for (attn, ratio), result in measure(cases, args).items():
-        flops = step_flops(configs[ratio])
+        flops, seconds = step_flops(configs[ratio]), result["median"]
         rows.append({"attention": attn or "as trained", "mask ratio": ratio, "step": result, "GFLOP": flops / 1e9,
-                     "images/s": base.batch_size / result.median, "of peak": flops / result.median / peak})
+                     "images/s": base.batch_size / seconds, "of peak": flops / seconds / peak})
         rows[-1] |= step_shares(cases[attn, ratio], args) if args.suite == "train" else {}
     return rows
 
@@ -255,9 +244,9 @@ def views(args: argparse.Namespace) -> list[dict]:
     config = training_config(args)
     results = measure({name: (case, config, args.source_size, args.device)
                        for name, case in (("ours", views_case), ("Pillow", pillow_case))}, args)
-    rates = {f"{name}, pictures/s": config.batch_size / result.median for name, result in results.items()}
+    rates = {f"{name}, pictures/s": config.batch_size / result["median"] for name, result in results.items()}
     return [{"source": "x".join(map(str, args.source_size)), "views": 1 + config.random_views + config.focal_views,
-             **results, **rates, "Pillow / ours": results["Pillow"].median / results["ours"].median}]
+             **results, **rates, "Pillow / ours": results["Pillow"]["median"] / results["ours"]["median"]}]
 
 
 def growth(args: argparse.Namespace) -> list[dict]:
@@ -267,9 +256,9 @@ def growth(args: argparse.Namespace) -> list[dict]:
         values = [max(getattr(base, field), 1) * 2**i for i in range(args.doublings + 1)]
         results = measure({value: (step_case, replace(base, **{field: value}), attn, args.source_size, args.device)
                            for value in values}, args)
-        rows += [{"growing": field, "attention": attn or "as trained", "value": value, "step": result,
-                  "power": math.log2(result.median / results[value // 2].median) if value != values[0] else ""}
-                 for value, result in results.items()]
+        for value, result in results.items():
+            ratio = result["median"] / results.get(value // 2, result)["median"]
+            rows.append({"growing": field, "attention": attn, "value": value, "step": result, "power": math.log2(ratio)})
     return rows
 
 
@@ -309,45 +298,41 @@ def make_parser() -> argparse.ArgumentParser:
                          default=[i / 10 for i in range(10)] if name == "masking" else None)
         sub.add_argument("--doublings", type=int, default=2, help="of suite growth")
         if name == "inference":
+            dtypes = ("float32", "float16", "bfloat16")
+            sub.add_argument("--precision", dest="precisions", nargs="+", default=["float32"], choices=dtypes)
             sub.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
-            sub.add_argument("--precision", dest="precisions", nargs="+", default=["float32"],
-                             choices=("float32", "float16", "bfloat16"))
             sub.add_argument("--head", choices=("model", "classifier"), default="model")
             sub.add_argument("--against", nargs="+", choices=("transformers",), default=[])
     return parser
 
 
-def describe_machine(args: argparse.Namespace) -> dict:
-    """What the numbers depend on."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    name = torch.cuda.get_device_name() if args.device.type == "cuda" else found[1] if found else "CPU"
-    return {"machine": name, "threads": args.threads, "cores": os.cpu_count(), "load": os.getloadavg()[0],
-            "clock": args.clock.__name__, "float32 matmul GFLOP/s": matmul_peak("float32", args) / 1e9,
-            **{name: __import__(name).__version__ for name in ("torch", *getattr(args, "against", ()))}}
-
-
 def show(value) -> str:
-    """A cell of the table."""
+    """A cell of the table: a text, a number, or a Result of measure()."""
+    if isinstance(value, dict):
+        times = "{:.4g} [{:.4g}, {:.4g}]".format(*(1000 * value[name] for name in ("median", "low", "high")))
+        return times + (f", {value['memory']:.0f} MiB" if "memory" in value else "")
     return (f"{value:.3g}" if value < 100 else f"{value:.0f}") if isinstance(value, float) else str(value)
 
 
 def main(argv: list[str]) -> None:
     """The command line; without a suite, inference."""
     args = make_parser().parse_args(argv if argv and argv[0] in (*SUITES, "-h", "--help") else ["inference", *argv])
-    if args.threads < 1 or args.repeats < 1 or (args.device == "cuda" and not torch.cuda.is_available()):
-        raise UsageError("--threads and --repeats must be at least 1, and --device cuda needs a GPU that torch sees.")
+    if min(args.threads, args.repeats, *getattr(args, "batch_sizes", ())) < 1 or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise UsageError("--threads, --repeats and --batch-sizes must be at least 1, and --device cuda needs a GPU that torch sees.")
     torch.set_num_threads(args.threads)
     args.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     args.clock = time.process_time if args.cpu_time else time.perf_counter
-    machine = describe_machine(args)
+    cpu = re.search(r"model name\s*: (.*)|\Z", Path("/proc/cpuinfo").read_text())[1]
+    machine = {"machine": torch.cuda.get_device_name() if args.device.type == "cuda" else cpu, "threads": args.threads,
+               "cores": os.cpu_count(), "load": os.getloadavg()[0], "clock": args.clock.__name__,
+               "float32 matmul GFLOP/s": matmul_peak("float32", args) / 1e9,
+               **{name: __import__(name).__version__ for name in ("torch", *getattr(args, "against", ()))}}
     print(", ".join(f"{name} {show(value)}" for name, value in machine.items()), end="\n\n", flush=True)
     rows = SUITES[args.suite](args)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [columns, ["---"] * len(columns), *([show(row.get(name, "")) for name in columns] for row in rows)]
     print(*("| " + " | ".join(line) + " |" for line in cells), sep="\n")
     if args.json:
-        rows = [{name: v._asdict() if isinstance(v, Result) else v for name, v in row.items()} for row in rows]
         content = {"suite": args.suite, "machine": machine, "flags": vars(args), "rows": rows}
         write_file(Path(args.json), json.dumps(content, indent=2, default=str).encode())
 

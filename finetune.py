@@ -39,6 +39,8 @@ from vitmsn import (
     read_pretrained, write_file,
 )
 
+# ---- Settings, of the table and of the other commands ----------------------------------------------------------------
+
 TRAINED = ("finetune", "scratch")
 KNN = {"knn20": (20, 0.07), "knn200": (200, 0.1)}  # k and temperature: ours, and those of Lightly's benchmarks
 METHODS = ("probe", *TRAINED, "untrained", "pixels", *KNN)
@@ -46,21 +48,21 @@ METHODS = ("probe", *TRAINED, "untrained", "pixels", *KNN)
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """All settings, of the table and of the other commands."""
+    """All settings. `numbers` are the kind and limits of those that are lists with commas between."""
     checkpoint: str = opt("", "our run, a transformers folder or an original .pth.tar; by default the newest of runs/")
     data: str = opt("", "synthetic, cifar10, or a folder with train/CLASS/* and val/CLASS/*; by default the run's")
     output_dir: str = opt("", "where results go; by default finetune/ or classifier/ in the run, or attention/")
-    methods: str = opt(",".join(METHODS), "rows of the table")
-    labels_per_class: str = opt("1,2,5,10", "labelled images per class, a column each; may be empty")
-    fraction: str = opt("0.01", "shares of the labels, a column each; 1 is all labels, for the trained methods too")
+    methods: str = opt(",".join(METHODS[:-1]), "rows of the table; there is knn200 too")
+    labels_per_class: str = opt("1,2,5,10", "labelled images per class, a column each", numbers=(int, 1, 1e9))
+    fraction: str = opt("0.01", "shares of the labels; 1: all, for the trained methods too", numbers=(float, 1e-9, 1))
     full: bool = opt(True, "a column with all labels for methods on frozen features")
     label_list: str = opt("", "text files of image names, one a line; each file is a draw, instead of these columns")
-    seeds: str = opt("0,1,2", "one draw of the labelled images each")
+    seeds: str = opt("0,1,2", "one draw of the labelled images each", numbers=(int, 0, 2**31 - 1))
     val_images: int = opt(1000, "validation images for all cells, a fixed random part; 0: all", range=(0, 10**9))
-    l2: str = opt("0.0025", "lambda of the probe (published: 0.0025), or cv: cross-validated on the labelled images")
-    pixel_size: int = opt(16, "largest side of the raw-pixel baseline; 32 takes minutes on all labels", range=(1, 4096))
+    l2: float = opt(0.0025, "lambda of the probe, as published; 0: cross-validated on the labels", range=(0, 10**9))
+    pixel_size: int = opt(16, "largest side of the raw-pixel baseline", range=(1, 4096))
     image_size: int = opt(0, "pixels; 0: the checkpoint's. For another one positions are resampled", range=(0, 4096))
-    steps: int = opt(100, "updates of each trained cell", range=(1, 10**9))
+    steps: int = opt(60, "updates of each trained cell", range=(1, 10**9))
     epochs: float = opt(0.0, "passes over the labelled images, where that is longer (train: 10)", range=(0, 10**6))
     batch_size: int = opt(32, "images per update, at most as many as have labels", range=(2, 10**6))
     lr: float = opt(5e-4, "highest learning rate of fine-tuning, at the head", range=(0, 100))
@@ -69,10 +71,7 @@ class FinetuneConfig:
     weight_decay: float = opt(0.05, "of AdamW", range=(0, 100))
     drop_path_rate: float = opt(0.0, "stochastic depth of the last layer (train on all: 0.1)", range=(0, 0.99))
     label_smoothing: float = opt(0.1, "share of the target that all classes get alike", range=(0, 0.999))
-    warmup: float = opt(0.1, "share of the updates in the linear warm-up; then a cosine", range=(0, 1))
     crop_scale: tuple = opt((0.8, 1.0), "share of the area in a random crop (train on all: 0.3 1)", range=(1e-6, 1))
-    flip: float = opt(0.5, "probability of a horizontal flip", range=(0, 1))
-    clip_grad: float = opt(3.0, "joint norm to which gradients are clipped", range=(1e-6, 10**9))
     top: int = opt(5, "classes that predict names", range=(1, 10**6))
     csv: str = opt("", "predict: also write a table to this file")
     output: str = opt("", "embed, neighbours: the file to write (features.npz, neighbours.png)")
@@ -82,28 +81,25 @@ class FinetuneConfig:
     def __post_init__(self):
         for f in fields(self):
             check_range(f, getattr(self, f.name))
-        for name, kind, low, high in (("labels_per_class", int, 1, 1e9), ("fraction", float, 1e-9, 1),
-                                      ("seeds", int, 0, 2**31 - 1), ("l2", float, 1e-12, 1e9)):
-            if self.l2 != "cv" or name != "l2":
-                for value in self.listed(name, kind):
-                    if not low <= value <= high:
-                        raise UsageError(f"{name}={value} is out of range; use {low:g} to {high:g}.")
-        if len(self.listed("l2")) != 1 or not self.listed("seeds"):
-            raise UsageError(f"l2={self.l2!r} and seeds={self.seeds!r}: give one lambda (or cv) and at least one seed.")
+            _, low, high = f.metadata.get("numbers", (str, None, None))
+            for value in self.listed(f.name) if low is not None else ():
+                if not low <= value <= high:
+                    raise UsageError(f"{f.name}={value} is out of range; use {low:g} to {high:g}.")
+        if not self.listed("seeds"):
+            raise UsageError("seeds is empty: give at least one seed.")
         if unknown := set(self.listed("methods")) - set(METHODS):
             raise UsageError(f"methods: {', '.join(sorted(unknown))} is not known; use {', '.join(METHODS)}.")
 
-    def listed(self, name: str, kind: type = str) -> list:
-        """The values of a field that has commas between them. Raises UsageError if one is of another kind."""
+    def listed(self, name: str) -> list:
+        """The values of a field that has commas between them, each once."""
+        kind = type(self).__dataclass_fields__[name].metadata.get("numbers", [str])[0]
         try:
-            return [kind(part) for part in getattr(self, name).split(",") if part.strip()]
+            return list(dict.fromkeys(kind(part) for part in getattr(self, name).split(",") if part.strip()))
         except ValueError:
             raise UsageError(f"{name}={getattr(self, name)!r} must be numbers with commas between.") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Logistic probe on frozen features (Appendix A.2)
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Logistic probe on frozen features (Appendix A.2) ----------------------------------------------------------------
 
 def center_and_scale(features: Tensor) -> Tensor:
     """Each row minus its own mean, then to unit length, in float64. features: n d -> n d."""
@@ -111,85 +107,66 @@ def center_and_scale(features: Tensor) -> Tensor:
     return F.normalize(rows - rows.mean(dim=-1, keepdim=True), dim=-1)
 
 
-def conjugate_gradient(product, precondition, b: Tensor, tolerance: float, limit: int = 500) -> tuple[Tensor, int]:
-    """x with |product(x) - b| <= tolerance |b|, for a positive definite product, and how many products it took."""
-    x, r = torch.zeros_like(b), b.clone()
-    z = precondition(r)
-    p, rz = z, (r * z).sum()
-    count = 0
-    while count < limit:
-        count, hp = count + 1, product(p)
-        step = rz / (p * hp).sum()
-        x, r = x + step * p, r - step * hp
-        if r.norm() <= tolerance * b.norm():
-            break
-        z = precondition(r)
-        rz, before = (r * z).sum(), rz
-        p = z + rz / before * p
-    return x, count
-
-
 def fit_logistic_probe(rows: Tensor, labels: Tensor, num_classes: int, l2: float, tolerance: float = 1e-12) -> Tensor:
-    """The minimiser W of mean cross-entropy + (l2 / n) / 2 |W|^2, no intercept (scikit-learn's C = 1 / l2).
+    """The minimiser W of mean cross-entropy + (l2 / n) / 2 |W|^2, no intercept (scikit-learn's C = 1 / l2), by Newton's
+    method, down to a gradient of `tolerance`. rows: n d, labels: n -> W: num_classes d, float64.
 
-    rows: n d, labels: n -> W: num_classes d, float64, with a gradient below `tolerance` (or the rounding error).
-    Newton's method; each step by conjugate gradients, preconditioned with the Hessian of a class of mean probability,
-    which is worked out anew only when the one at hand has become a poor one: at 3,072 pixels it is the dear part.
+    At so small a lambda the problem is too badly conditioned for L-BFGS to get there.
     """
-    x, targets, n = rows.double(), F.one_hot(labels, num_classes).double(), len(rows)
-    basis = None
-    if n < x.shape[1]:  # W lies in the span of the rows: n coordinates do
-        basis, r = torch.linalg.qr(x.T)
-        x = r.T.contiguous()
-    w, eye, products = x.new_zeros(num_classes, x.shape[1]), torch.eye(x.shape[1], dtype=x.dtype), math.inf
+    basis = torch.linalg.qr(rows.double().T)[0]  # W lies in the span of the rows: min(n, d) coordinates do
+    x, n, targets = rows.double() @ basis, len(rows), F.one_hot(labels, num_classes).double()
+    w, identity = x.new_zeros(num_classes, x.shape[1]), torch.eye(x.shape[1], dtype=x.dtype)
 
     def objective(w):
-        return -(targets * (x @ w.T).log_softmax(dim=-1)).sum() / n + l2 / n / 2 * w.square().sum()
+        return F.cross_entropy(x @ w.T, labels) + l2 / n / 2 * w.square().sum()
 
     for _ in range(100):
         p = (x @ w.T).softmax(dim=-1)
         gradient = (p - targets).T @ x / n + l2 / n * w
-        if gradient.norm() < tolerance:
+        norm = gradient.norm()
+        if norm < tolerance:
             break
-        if products > 20:
-            factor = torch.linalg.cholesky((x * (p * (1 - p)).mean(dim=-1, keepdim=True)).T @ x / n + l2 / n * eye)
-
-        def hessian(v, p=p):
-            u = p * (x @ v.T)
-            return (u - p * u.sum(dim=-1, keepdim=True)).T @ x / n + l2 / n * v
-
-        step, products = conjugate_gradient(hessian, lambda r, f=factor: torch.cholesky_solve(r.T, f).T, gradient,
-                                            min(0.1, gradient.norm().item()))
-        before, slope, size = objective(w), (gradient * step).sum(), 1.0
-        while objective(w - size * step) > before - 1e-4 * size * slope and size > 1e-6:
+        # Conjugate gradients for Hessian @ step = gradient; their preconditioner is the Hessian of an average class.
+        factor = torch.linalg.cholesky((x * (p * (1 - p)).mean(dim=-1, keepdim=True)).T @ x / n + l2 / n * identity)
+        step, residual, direction, before = torch.zeros_like(w), gradient, 0.0, 1.0
+        while residual.norm() > min(0.1, norm) * norm:
+            z = torch.cholesky_solve(residual.T, factor).T
+            now = (residual * z).sum()
+            direction, before = z + now / before * direction, now
+            u = p * (x @ direction.T)
+            curved = (u - p * u.sum(dim=-1, keepdim=True)).T @ x / n + l2 / n * direction  # Hessian @ direction
+            length = now / (direction * curved).sum()
+            step, residual = step + length * direction, residual - length * curved
+        size, highest = 1.0, objective(w) * (1 + 1e-12)  # as well as float64 can tell
+        while objective(w - size * step) > highest and size > 1e-6:
             size /= 2
-        if size <= 1e-6:
-            break  # as low as float64 can tell
         w = w - size * step
-    return w if basis is None else w @ basis.T
+    return w @ basis.T
 
 
 L2_GRID = (0.00025, 0.0025, 0.025, 0.25, 2.5)  # for cross-validation; the published values are among them
 
 
 def choose_l2(rows: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Lambda with the least cross-entropy in a cross-validation on these labelled rows alone, stratified, of at most
-    5 folds. With one image in some class there is nothing to validate on: then the published 0.0025."""
+    """Lambda with the least cross-entropy in a stratified cross-validation (up to 5 folds) on these labelled rows alone.
+    With one image in some class there is nothing to validate on: then the published 0.0025."""
     folds = min(5, int(labels.bincount(minlength=num_classes).min()))
     if folds < 2:
         return 0.0025
-    fold = torch.zeros_like(labels)
-    for c in range(num_classes):
-        fold[labels == c] = torch.arange(int((labels == c).sum())) % folds
-    losses = [sum(F.cross_entropy(rows[fold == i] @ fit_logistic_probe(
-        rows[fold != i], labels[fold != i], num_classes, l2, 1e-6).T, labels[fold == i], reduction="sum").item()
-        for i in range(folds)) for l2 in L2_GRID]
-    return L2_GRID[int(np.argmin(losses))]
+    order, fold = labels.argsort(stable=True), torch.empty_like(labels)
+    fold[order] = torch.arange(len(labels)) % folds  # sorted by class, so each fold gets its share of each class
+
+    def loss(l2, i):
+        w = fit_logistic_probe(rows[fold != i], labels[fold != i], num_classes, l2, 1e-6)
+        return F.cross_entropy(rows[fold == i] @ w.T, labels[fold == i], reduction="sum").item()
+
+    return min(L2_GRID, key=lambda l2: sum(loss(l2, i) for i in range(folds)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Labelled sets: which training images have labels. A label of -1 marks an image that must not be drawn.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Labelled sets: which training images have labels. A label of -1 marks an image that must not be drawn -----------
+
+TUNING_SEED = 2**31
+
 
 def draw_labelled(labels: Tensor, per_class: int | list[int], seed: int, names: list[str] | None = None) -> list[int]:
     """Indices of `per_class` images of each class (a list: so many of each), class by class; labels and seed alone
@@ -220,62 +197,48 @@ def read_label_list(path: Path, images: Dataset) -> list[int]:
         by_name.setdefault(image.name, []).append(i)
     chosen = [[i for i in by_name.get(Path(line).name, []) if f"/{images.paths[i].as_posix()}".endswith(f"/{line}")]
               for line in lines]
-    wrong = [(line, len(fits)) for line, fits in zip(lines, chosen, strict=True) if len(fits) != 1]
-    if wrong or not chosen:
+    if not lines or (wrong := [line for line, fits in zip(lines, chosen, strict=True) if len(fits) != 1]):
         raise UsageError(f"{path}: {len(wrong)} of {len(lines)} lines fit no training image or several, for example "
-                         f"{wrong[:1]}." if wrong else f"{path} names no image.")
+                         f"{wrong[0]!r}." if lines else f"{path} names no image.")
     return sorted({fits[0] for fits in chosen})
 
 
-def unreadable_among(images: Dataset, indices: list[int], seen: set[str]) -> list[int]:
-    """Those of the indices whose file is no readable image; each is named once."""
-    bad = [i for i in indices if isinstance(images, ImageFiles) and images.read(i) is None]
-    for path in dict.fromkeys(str(images.paths[i]) for i in bad):
-        if path not in seen:
-            seen.add(path)
-            print(f"{path} is no readable image: skipped ({len(seen)} so far)", file=sys.stderr, flush=True)
-    return bad
+def readable(images: Dataset, indices: list[int], seen: set[str]) -> list[int]:
+    """The indices without those whose file is no readable image; each of them is named once."""
+    bad = {i for i in indices if isinstance(images, ImageFiles) and images.read(i) is None}
+    for path in sorted({str(images.paths[i]) for i in bad} - seen):
+        seen.add(path)
+        print(f"{path} is no readable image: skipped ({len(seen)} so far)", file=sys.stderr, flush=True)
+    return [i for i in indices if i not in bad]
 
 
-def draw_columns(config: FinetuneConfig, data: Images, seen: set[str]) -> tuple[dict[str, list[list[int]]], Tensor]:
-    """Columns of the table, name -> the labelled images of each draw; and the tuning part (classes x images, perhaps
-    of no image), which only the column of all labels uses."""
-    labels, fractions = data.train_labels.clone(), config.listed("fraction", float)
-    lists = [read_label_list(Path(path), data.train) for path in config.listed("label_list")]
-    available = labels.bincount(minlength=len(data.classes)).tolist()
-    counts = {} if lists else {
-        **{f"{n}/class": [n] * len(available) for n in config.listed("labels_per_class", int)},
-        **{f"{100 * f:g} %": [max(1, round(f * n)) for n in available] for f in fractions if f < 1}}
+def draw_columns(config: FinetuneConfig, data: Images, seen: set[str]) -> tuple[dict[str, list[list[int]]], list[int]]:
+    """Columns of the table, name -> the labelled images of each draw; and the tuning part, up to 25 training images of
+    each class that are in no draw (but in the column of all labels)."""
+    labels, sizes = data.train_labels.clone(), data.train_labels.bincount(minlength=len(data.classes)).tolist()
 
-    def draw(wanted, seed):
-        while bad := unreadable_among(data.train, chosen := draw_labelled(labels, wanted, seed, data.classes), seen):
-            labels[bad] = -1  # the next image of the class takes its place
+    def draw(counts, seed):
+        while len(good := readable(data.train, chosen := draw_labelled(labels, counts, seed, data.classes), seen)) < len(
+                chosen):
+            labels[list({*chosen} - {*good})] = -1  # the next image of the class takes its place
         return chosen
 
-    for listed in lists:
-        labels[listed] = -1
-    taken = torch.tensor([*counts.values(), [0] * len(available)]).amax(dim=0)
-    free = labels[labels >= 0].bincount(minlength=len(available)) - taken
-    tuned = min(25, int(free.min()), min(available) // 3) if "scratch" in config.listed("methods") else 0
-    tuning = torch.tensor(draw(tuned if tuned > 1 else 0, TUNING_SEED), dtype=torch.long).reshape(len(available), -1)
-    labels[tuning.flatten()] = -1
-    columns = {name: [draw(n, seed) for seed in config.listed("seeds", int)] for name, n in counts.items()}
-    if lists:
-        columns["listed"] = lists
-    elif config.full or 1 in fractions:
-        columns["100 %"] = [list(range(len(labels)))]
-    for name in columns.keys() - counts.keys():
-        bad = {i for listed in columns[name] for i in unreadable_among(data.train, listed, seen)}
-        columns[name] = [[i for i in listed if i not in bad] for listed in columns[name]]
+    if config.label_list:
+        columns = {"listed": [readable(data.train, read_label_list(Path(path), data.train), seen)
+                              for path in config.listed("label_list")]}
+    else:
+        counts = {f"{n}/class": [n] * len(sizes) for n in config.listed("labels_per_class")} | {
+            f"{100 * f:g} %": [max(1, round(f * n)) for n in sizes] for f in config.listed("fraction") if f < 1}
+        columns = {name: [draw(n, seed) for seed in config.listed("seeds")] for name, n in counts.items()}
+    labels[[i for draws in columns.values() for drawn in draws for i in drawn]] = -1
+    free = int(labels[labels >= 0].bincount(minlength=len(sizes)).min()) if "scratch" in config.listed("methods") else 0
+    tuning = readable(data.train, draw_labelled(labels, [min(25, free)] * len(sizes), TUNING_SEED), seen)
+    if not config.label_list and (config.full or 1 in config.listed("fraction")):
+        columns["100 %"] = [readable(data.train, list(range(len(labels))), seen)]
     return columns, tuning
 
 
-TUNING_SEED, SCRATCH_RATES = 2**31, (3e-4, 1e-3, 3e-3)
-HEAD_L2 = 0.1  # of the probe that fine-tuning starts from: milder than 0.0025, whose certainty leaves little to learn
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Fine-tuning, and training from scratch (Appendix A.4; its RandAugment, Mixup and CutMix are left out)
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Fine-tuning, and training from scratch (Appendix A.4; its RandAugment, Mixup and CutMix are left out) -----------
 
 def layerwise_groups(model: ViTMSNForImageClassification, lr: float, decay: float, weight_decay: float) -> list[dict]:
     """Groups for AdamW: head and final norm learn at `lr`, each layer at `decay` times the rate of the one above it,
@@ -313,31 +276,30 @@ def train_classifier(model: ViTMSNForImageClassification, images: Dataset, label
     """
     device, size = model.classifier.weight.device, min(config.batch_size, len(indices))
     steps = max(config.steps, math.ceil(config.epochs * len(indices) / size))
-    bfloat16, shown = choose_precision(config.precision, device) == "bfloat16", time.time()
+    bfloat16 = choose_precision(config.precision, device) == "bfloat16"
     generator, queue = generator_for(seed, 1), torch.empty(0, dtype=torch.long)
     torch.manual_seed(seed)  # of stochastic depth
     optimizer = torch.optim.AdamW(layerwise_groups(model.train(), lr, layer_decay, config.weight_decay), fused=True)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step + 1, config.warmup * steps, steps + 1, 0.0, 1.0, 0.0))
+    rate = torch.optim.lr_scheduler.LambdaLR(  # of each group: a tenth of the steps up, then a cosine down to 0
+        optimizer, lambda step: warmup_cosine(step + 1, 0.1 * steps, steps + 1, 0.0, 1.0, 0.0))
     for step in range(steps):
         if len(queue) < size:  # each image once before any comes again
             queue = torch.cat([queue, torch.tensor(indices)[torch.randperm(len(indices), generator=generator)]])
         batch, queue = images.__getitems__(queue[:size].tolist()), queue[size:]
         u = torch.rand(size, 2 * TRIES + 3, generator=generator)
-        boxes, flip = crop_boxes(u[:, 1:], batch.sizes, config.crop_scale), u[:, 0] < config.flip
-        pixels = normalize(crop_and_resize(batch.images.to(device), boxes, flip, model.config.image_size))
+        boxes = crop_boxes(u[:, 1:], batch.sizes, config.crop_scale)
+        pixels = normalize(crop_and_resize(batch.images.to(device), boxes, u[:, 0] < 0.5, model.config.image_size))
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(pixels).logits
         loss = F.cross_entropy(logits.float(), labels[batch.indices].to(device), label_smoothing=config.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         if not torch.isfinite(loss.detach() + norm):
             raise FloatingPointError(f"the loss is not finite at step {step}; use a learning rate lower than {lr}.")
         optimizer.step()
         rate.step()
-        if verbose and (time.time() - shown > 20 or step + 1 == steps):
-            shown = time.time()
+        if verbose and (step + 1) % math.ceil(steps / 10) == 0:
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
     model.eval()
 
@@ -350,9 +312,11 @@ def classify(model: ViTMSNForImageClassification, images: Dataset, indices: list
     return model.classifier(model.vit.norm(features.to(device))).softmax(dim=-1).cpu()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The table. An Experiment holds no validation label: `measure` alone sees them, after the predictions are made.
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The table. An Experiment holds no validation label: `measure` alone sees them, after the predictions are made ---
+
+SCRATCH_RATES = (3e-4, 1e-3, 3e-3)
+HEAD_L2 = 0.1  # of the probe that fine-tuning starts from: milder than 0.0025, whose certainty leaves little to learn
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -362,7 +326,7 @@ class Experiment:
     data: Images
     val: list[int]
     columns: dict[str, list[list[int]]]
-    tuning: Tensor
+    tuning: list[int]
     cache: dict = field(default_factory=dict)
 
     @cached_property
@@ -374,8 +338,9 @@ class Experiment:
     def features(self, kind: str) -> tuple[Tensor, Tensor]:
         """Rows of all training images (zeros for those in no draw) and of validation images, computed once."""
         if kind not in self.cache:
-            encoder = None if kind == "pixels" else self.untrained if kind == "untrained" else self.encoder
-            size = min(self.encoder.config.image_size, 10**9 if encoder else self.config.pixel_size)
+            encoder = {"pixels": None, "untrained": self.untrained}.get(kind, self.encoder)
+            size = self.encoder.config.image_size if encoder else min(
+                self.encoder.config.image_size, self.config.pixel_size)
             used = sorted({i for draws in self.columns.values() for draw in draws for i in draw})
             rows, val = (embed_images(encoder, part, which, size, self.encoder.cls_token.device)[0]
                          for part, which in ((self.data.train, used), (self.data.val, self.val)))
@@ -386,29 +351,28 @@ class Experiment:
 
     def trained(self, method: str, indices: list[int], seed: int, lr: float, verbose: bool = False):
         """A classifier that was fine-tuned, or trained from scratch, on these images."""
-        start, decay, device, probe = self.untrained, 1.0, self.encoder.cls_token.device, None
+        start, decay, probe, labels = self.untrained, 1.0, None, self.data.train_labels
         if method == "finetune":
-            start, decay, size = self.encoder, self.config.layer_decay, self.encoder.config.image_size
-            rows = center_and_scale(embed_images(start, self.data.train, indices, size, device)[0])
-            probe = fit_logistic_probe(rows, self.data.train_labels[indices], len(self.data.classes), HEAD_L2, 1e-6)
-        model = build_classifier(start, self.data.classes, self.config, device, probe)
-        train_classifier(model, self.data.train, self.data.train_labels, indices, self.config, lr, decay, seed, verbose)
+            start, decay = self.encoder, self.config.layer_decay
+            rows = center_and_scale(self.features("encoder")[0][indices])
+            probe = fit_logistic_probe(rows, labels[indices], len(self.data.classes), HEAD_L2, 1e-6)
+        model = build_classifier(start, self.data.classes, self.config, self.encoder.cls_token.device, probe)
+        train_classifier(model, self.data.train, labels, indices, self.config, lr, decay, seed, verbose)
         return model
 
     @cached_property
     def scratch_lr(self) -> float:
-        """The rate that does best when trained on a fifth of the tuning part and tested on the rest of it."""
-        if self.config.scratch_lr or not self.tuning.numel():
+        """The rate that does best when trained on a fifth of the tuning part (class by class) and tested on the rest."""
+        fit, labels, scores = self.tuning[::5], self.data.train_labels, {}
+        if self.config.scratch_lr or len(fit) < 2:
             return self.config.scratch_lr or SCRATCH_RATES[1]
-        fit = max(1, self.tuning.shape[1] // 5)
-        held, scores = self.tuning[:, fit:].flatten().tolist(), {}
+        held = sorted({*self.tuning} - {*fit})
         for lr in SCRATCH_RATES:
-            model = self.trained("scratch", self.tuning[:, :fit].flatten().tolist(), 0, lr)
-            right = classify(model, self.data.train, held).argmax(dim=-1) == self.data.train_labels[held]
+            right = classify(self.trained("scratch", fit, 0, lr), self.data.train, held).argmax(dim=-1) == labels[held]
             scores[lr] = right.double().mean().item()
         best = max(scores, key=scores.get)
         print(f"scratch: learning rate {best:g}, the best of {', '.join(f'{r:g} ({s:.1%})' for r, s in scores.items())}"
-              f" on {self.tuning.numel()} training images that no draw uses", flush=True)
+              f" on {len(self.tuning)} training images that no draw uses", flush=True)
         return best
 
     def predict(self, method: str, indices: list[int], seed: int) -> Tensor:
@@ -416,13 +380,13 @@ class Experiment:
         if method in TRAINED:
             model = self.trained(method, indices, seed, self.scratch_lr if method == "scratch" else self.config.lr)
             return classify(model, self.data.val, self.val).argmax(dim=-1)
-        train, val = self.features("probe" if method in KNN else method)
+        train, val = self.features(method if method in ("untrained", "pixels") else "encoder")
         labels, classes = self.data.train_labels[indices], len(self.data.classes)
         if method in KNN:
             return knn_predict(train[indices], labels, val, *KNN[method])
         rows = center_and_scale(train[indices])
-        l2 = choose_l2(rows, labels, classes) if self.config.l2 == "cv" else float(self.config.l2)
-        return (center_and_scale(val) @ fit_logistic_probe(rows, labels, classes, l2, 1e-8).T).argmax(dim=-1)
+        w = fit_logistic_probe(rows, labels, classes, self.config.l2 or choose_l2(rows, labels, classes), 1e-8)
+        return (center_and_scale(val) @ w.T).argmax(dim=-1)
 
 
 def mean_and_sd(shares: list[float]) -> str:
@@ -432,22 +396,22 @@ def mean_and_sd(shares: list[float]) -> str:
 
 def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> dict[tuple[str, str], list[float]]:
     """Accuracy of every cell, (method, column) -> one per draw; table.csv and table.png grow with each method."""
-    config, truth, cells, rows = experiment.config, val_labels[experiment.val], {}, []
-    frozen_only = {"100 %"} if 1 not in config.listed("fraction", float) else set()
-    for method in dict.fromkeys(config.listed("methods")):
+    config, truth, cells, rows, lines = experiment.config, val_labels[experiment.val], {}, [], {}
+    for method in config.listed("methods"):
+        start, lines[method] = time.time(), []
         for name, draws in experiment.columns.items():
-            if method in TRAINED and name in frozen_only:
+            if method in TRAINED and name == "100 %" and 1 not in config.listed("fraction"):
                 continue
-            start = time.time()
             predicted = [experiment.predict(method, draw, seed) for seed, draw in enumerate(draws)]
             cells[method, name] = scores = [(p == truth).double().mean().item() for p in predicted]
-            print(f"{method}, {name}: {mean_and_sd(scores)} ({time.time() - start:.1f} s)", flush=True)
             labels = np.mean([len(draw) for draw in draws])
-            rows.append((method, name, labels, labels / len(experiment.data.classes), np.mean(scores),
-                         np.std(scores, ddof=1) if len(scores) > 1 else "", " ".join(map(str, scores))))
+            lines[method].append((labels / len(experiment.data.classes), np.mean(scores)))
+            rows.append((method, name, labels, *lines[method][-1], np.std(scores, ddof=1) if len(scores) > 1 else "",
+                         " ".join(map(str, scores))))
+        print(f"{method}: {', '.join(f'{y:.1%}' for _, y in lines[method])} ({time.time() - start:.0f} s)", flush=True)
         write_csv(folder / "table.csv", ("method", "column", "labels", "labels_per_class", "mean", "sd", "draws"), rows)
-        lines = {m: sorted((row[3], row[4]) for row in rows if row[0] == m) for m, _ in cells}
-        save_plot(folder / "table.png", {"accuracy against labelled images per class": lines}, log_x=True)
+        save_plot(folder / "table.png", {"accuracy against labelled images per class": {
+            name: sorted(line) for name, line in lines.items()}}, log_x=True)
     return cells
 
 
@@ -461,13 +425,12 @@ def write_csv(path: Path, header: tuple, rows: list[tuple]) -> None:
 
 def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel | ViTMSNForImageClassification:
     """The encoder or classifier of a checkpoint, at --image-size. Raises UsageError if it can't be that."""
-    path = Path(config.checkpoint)
     try:
-        model_config, weights = read_pretrained(path / "encoder" if is_run(path) == "encoder" else path, None)
+        model_config, weights = read_pretrained(config.checkpoint, None)
     except FileNotFoundError as error:
         raise UsageError(str(error)) from None
     if classifier and "classifier.weight" not in weights:
-        raise UsageError(f"{path} has no classifier; make one: python finetune.py train --checkpoint {path}")
+        raise UsageError(f"{config.checkpoint} has no classifier; make one: python finetune.py train --checkpoint ...")
     if config.image_size and config.image_size != model_config.image_size:
         if config.image_size % model_config.patch_size:
             raise UsageError(f"image_size={config.image_size} is no whole number of this checkpoint's patches of "
@@ -475,39 +438,31 @@ def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel 
         model_config = replace(model_config, image_size=config.image_size)
         weights["pos_embed"] = interpolate_positions(weights["pos_embed"].float(), (model_config.grid_size,) * 2)
     model = (ViTMSNForImageClassification if classifier else ViTMSNModel)(model_config)
-    load_weights(model, weights, str(path))
+    load_weights(model, weights, config.checkpoint)
     return model.to(start_processes(config).device).eval()
-
-
-def is_run(folder: Path) -> str:
-    """What a run's folder has its encoder in: checkpoint.pt, encoder, or nothing."""
-    return next((name for name in ("checkpoint.pt", "encoder") if (folder / name).exists()), "")
 
 
 def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     """Encoder, data and draws -> the experiment, the validation labels, the folder in which results go by default."""
     if not config.checkpoint:
-        runs = sorted((p for p in Path("runs").glob("*") if is_run(p)), key=lambda p: (p / is_run(p)).stat().st_mtime)
+        runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
         if not runs:
             raise UsageError("there is no run in runs/; pretrain one by python train_msn.py, or pass --checkpoint.")
-        config = replace(config, checkpoint=str(runs[-1]))
-    home = Path(config.checkpoint)
-    home = home if home.is_dir() and is_run(home) else home.parent if is_run(home.parent) else Path(".")
-    saved = json.loads((home / "config.json").read_text()) if is_run(home) and (home / "config.json").is_file() else {}
+        config = replace(config, checkpoint=str(runs[-1].parent))
+    path = Path(config.checkpoint)  # of a run, or in one
+    home = next((folder for folder in (path, path.parent) if (folder / "checkpoint.pt").is_file()), Path("."))
+    saved = json.loads((home / "config.json").read_text()) if (home / "config.json").is_file() else {}
     if not (config.data or saved.get("data")):
         raise UsageError(f"{config.checkpoint} does not say on which images to work; pass --data.")
-    encoder = load_model(config)
+    encoder, seen = load_model(config), set()
     data = open_data(TrainConfig(
         data=config.data or saved["data"], data_dir=saved.get("data_dir", "data"), seed=saved.get("seed", 0),
         image_size=encoder.config.image_size, patch_size=encoder.config.patch_size, focal_views=0))
     if data.val is None:
         raise UsageError("this takes labels: the data must be folders train/CLASS/* and val/CLASS/*.")
-    seen: set[str] = set()
     columns, tuning = draw_columns(config, data, seen)
-    count = min(config.val_images or len(data.val), len(data.val))
-    val = torch.randperm(len(data.val), generator=generator_for(0, 2))[:count].sort().values.tolist()
-    bad = set(unreadable_among(data.val, val, seen))
-    val = [i for i in val if i not in bad]
+    val = torch.randperm(len(data.val), generator=generator_for(0, 2))[:config.val_images or None].sort().values.tolist()
+    val = readable(data.val, val, seen)
     print(f"{config.checkpoint}: {encoder.config.num_hidden_layers} layers of width {encoder.config.hidden_size}, "
           f"{encoder.config.image_size} pixels, on {encoder.cls_token.device}; {len(data.train)} training images of "
           f"{len(data.classes)} classes, {len(val)} of {len(data.val)} validation images; {len(seen)} can't be read",
@@ -518,22 +473,18 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
 def make_table(config: FinetuneConfig) -> None:
     """The label-efficiency table, as text, CSV and plot."""
     experiment, val_labels, home = open_experiment(config)
-    folder = Path(config.output_dir or home / "finetune")
-    print(f"each trained cell: {config.steps} updates of at most {config.batch_size} images; fine-tuning: lr "
-          f"{config.lr:g}; probe: lambda {config.l2}", flush=True)
-    cells, names = measure(experiment, val_labels, folder), list(experiment.columns)
-    print(f"\naccuracy in % on {len(experiment.val)} validation images, mean ± standard deviation over the draws\n"
-          f"{'':<10}" + "".join(f"{name:>14}" for name in names))
-    for method in dict.fromkeys(config.listed("methods")):
-        print(f"{method:<10}" + "".join(
-            f"{mean_and_sd(cells[method, n]) if (method, n) in cells else '-':>14}" for n in names))
+    folder, names = Path(config.output_dir or home / "finetune"), list(experiment.columns)
+    print(f"each trained cell: {config.steps} updates of at most {config.batch_size} images; columns: {', '.join(names)}")
+    cells = measure(experiment, val_labels, folder)
+    print(f"\naccuracy in % on {len(experiment.val)} validation images, mean ± standard deviation over the draws")
+    for method in ("", *config.listed("methods")):
+        row = [mean_and_sd(cells[method, n]) if (method, n) in cells else "-" for n in names] if method else names
+        print(f"{method:<10}" + "".join(f"{cell:>13}" for cell in row))
     write_file(folder / "config.json", json.dumps(asdict(experiment.config), indent=2).encode())
     print(f"written: {folder}/table.csv, table.png, config.json", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Using a model: train, predict, attention, embed, neighbours
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Using a model: train, predict, attention, embed, neighbours -----------------------------------------------------
 
 def train_and_save(config: FinetuneConfig) -> None:
     """Fine-tune on one labelled set; save the classifier and its accuracy per class."""
@@ -542,7 +493,7 @@ def train_and_save(config: FinetuneConfig) -> None:
     if len(draws) != 1:
         raise UsageError("train takes one labelled set: one --labels-per-class, one --fraction or one --label-list.")
     print(f"fine-tuning on {len(draws[0])} labelled images", flush=True)
-    model = experiment.trained("finetune", draws[0], config.listed("seeds", int)[0], config.lr, verbose=True)
+    model = experiment.trained("finetune", draws[0], config.listed("seeds")[0], config.lr, verbose=True)
     model.save_pretrained(folder)
     truth = val_labels[experiment.val]
     right = classify(model, experiment.data.val, experiment.val).argmax(dim=-1) == truth
@@ -555,30 +506,26 @@ def train_and_save(config: FinetuneConfig) -> None:
 
 class Pictures(ImageFiles):
     """Picture files of which some may be unreadable, and that may be few."""
-
     def __init__(self, paths: list[Path], side: int):
         self.paths, self.side, self.free_bytes, self.cache = paths, side, 2**28, {}
 
 
 def open_pictures(names: list[str], model: ViTMSNModel | ViTMSNForImageClassification) -> Pictures:
-    """The readable ones among files and the pictures in folders; others are named and counted. Raises UsageError if
-    there is none."""
+    """The readable ones among files and the pictures in folders; others are named and counted."""
     paths = [path for name in map(Path, names) for path in (image_paths(name) if name.is_dir() else [name])]
-    side, indices = 2 * model.config.image_size, list(range(len(paths)))
-    bad = set(unreadable_among(Pictures(paths, side), indices, set()))
-    if len(bad) == len(paths):
+    side = 2 * model.config.image_size
+    good = readable(Pictures(paths, side), list(range(len(paths))), set())
+    if not good:
         raise UsageError(f"none of the {len(paths)} files is a readable image.")
-    print(f"{len(paths) - len(bad)} pictures, {len(bad)} unreadable files skipped", file=sys.stderr, flush=True)
-    return Pictures([paths[i] for i in indices if i not in bad], side)
+    print(f"{len(good)} pictures, {len(paths) - len(good)} unreadable files skipped", file=sys.stderr, flush=True)
+    return Pictures([paths[i] for i in good], side)
 
 
-def predict(config: FinetuneConfig, images: list[str]) -> None:
+def predict(config: FinetuneConfig, model: ViTMSNForImageClassification, pictures: Pictures) -> None:
     """The likeliest classes of each picture."""
-    model = load_model(config, classifier=True)
-    pictures, rows = open_pictures(images, model), []
-    best = classify(model, pictures, list(range(len(pictures)))).topk(min(config.top, model.config.num_labels))
+    rows, best = [], classify(model, pictures, list(range(len(pictures)))).sort(dim=-1, descending=True)
     for path, which, values in zip(pictures.paths, best.indices.tolist(), best.values.tolist(), strict=True):
-        guesses = [(model.config.id2label[c], p) for c, p in zip(which, values, strict=True)]
+        guesses = [(model.config.id2label[c], p) for c, p in zip(which, values, strict=True)][:config.top]
         print(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in guesses))
         rows += [(path, place, name, f"{p:.6f}") for place, (name, p) in enumerate(guesses, 1)]
     if config.csv:
@@ -586,16 +533,14 @@ def predict(config: FinetuneConfig, images: list[str]) -> None:
 
 
 @torch.no_grad()
-def attention(config: FinetuneConfig, images: list[str]) -> None:
+def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> None:
     """A sheet per picture: beside it, each head of the last layer, as bright as the class token looks there."""
-    model = load_model(config)
-    pictures, size, grid = open_pictures(images, model), model.config.image_size, (model.config.grid_size,) * 2
-    folder = Path(config.output_dir or "attention")
+    size, folder = model.config.image_size, Path(config.output_dir or "attention")
     folder.mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(pictures.paths):
         pixels = embed_images(None, pictures, [i], size, torch.device("cpu"))[0].reshape(1, 3, size, size)
         heads = model(pixels.to(model.cls_token.device), output_attentions=True).attentions[-1][:, :, 0, 1:].cpu()
-        maps = F.interpolate(heads.unflatten(-1, grid), (size, size), mode="bilinear")[0].clamp(min=0)
+        maps = F.interpolate(heads.unflatten(-1, (model.config.grid_size,) * 2), (size, size), mode="bilinear")[0]
         picture = to_picture(pixels[0])
         lit = [(picture * (0.15 + 0.85 * m / m.max()).unsqueeze(-1).numpy()).astype(np.uint8) for m in maps]
         names = ["picture", *(f"head {h}" for h in range(1, len(lit) + 1))]
@@ -603,36 +548,29 @@ def attention(config: FinetuneConfig, images: list[str]) -> None:
     print(f"written: {len(pictures)} sheets in {folder}")
 
 
-def embed(config: FinetuneConfig, images: list[str]) -> None:
-    """features.npz: features (n d, float32), paths, and classes if the pictures lie in folder/CLASS/."""
-    model, target = load_model(config), Path(config.output or "features.npz")
-    pictures = open_pictures(images, model)
-    features, _ = embed_images(model, pictures, list(range(len(pictures))), model.config.image_size,
-                               model.cls_token.device)
-    arrays = {"features": features.numpy(), "paths": np.array([str(path) for path in pictures.paths])}
-    if all(path.parent.parent == Path(images[0]) for path in pictures.paths):
-        arrays["classes"] = np.array([path.parent.name for path in pictures.paths])
-    write_file(target, lambda file: np.savez(file, **arrays))
+def embed(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> None:
+    """features.npz: features (n d, float32), paths, and classes: the names of the folders that the pictures lie in."""
+    target, indices = Path(config.output or "features.npz"), list(range(len(pictures)))
+    features, _ = embed_images(model, pictures, indices, model.config.image_size, model.cls_token.device)
+    write_file(target, lambda file: np.savez(
+        file, features=features.numpy(), paths=np.array([str(path) for path in pictures.paths]),
+        classes=np.array([path.parent.name for path in pictures.paths])))
     print(f"written: {target}, {len(features)} rows of {features.shape[1]} features")
 
 
-def neighbours(config: FinetuneConfig, images: list[str]) -> None:
+def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> None:
     """A sheet of evenly spaced queries, each with its nearest among the other pictures by cosine similarity."""
-    model, target = load_model(config), Path(config.output or "neighbours.png")
-    pictures = open_pictures(images, model)
     if len(pictures) < 2:
         raise UsageError("neighbours takes two pictures or more.")
-    queries = pictures.paths[::math.ceil(len(pictures) / min(8, len(pictures) // 2))]
-    query, others = (Pictures(paths, pictures.side) for paths in (
-        queries, [path for path in pictures.paths if path not in set(queries)]))
-    images_and_queries = Images([], others, None, query, None)
-    save_neighbours(target, model, images_and_queries, model.config.image_size, model.cls_token.device)
+    target, step = Path(config.output or "neighbours.png"), max(2, math.ceil(len(pictures) / 8))
+    queries = Pictures(pictures.paths[::step], pictures.side)
+    others = Pictures([path for i, path in enumerate(pictures.paths) if i % step], pictures.side)
+    data = Images([], others, None, queries, None)
+    save_neighbours(target, model, data, model.config.image_size, model.cls_token.device)
     print(f"written: {target}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The command line ------------------------------------------------------------------------------------------------
 
 USING = {"predict": (predict, "top csv"), "attention": (attention, "output_dir"), "embed": (embed, "output"),
          "neighbours": (neighbours, "output")}
@@ -646,18 +584,21 @@ def main(argv: list[str]) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     if command in USING:
         parser.add_argument("checkpoint")
-        parser.add_argument("images", nargs="+" if command in ("predict", "attention") else 1)
+        parser.add_argument("images", nargs="+")
     add_flags(parser, FinetuneConfig)
     given = vars(parser.parse_args(argv[bool(command):]))
-    if command not in USING:
-        chosen = any(given.get(name) for name in ("labels_per_class", "label_list"))
-        defaults = TRAIN | ({"fraction": ""} if chosen else {"crop_scale": (0.3, 1.0), "drop_path_rate": 0.1})
-        return (train_and_save if command else make_table)(FinetuneConfig(**{**(defaults if command else {}), **given}))
-    run, used = USING[command]
-    images = given.pop("images")
-    if unused := given.keys() - {"checkpoint", "image_size", "device", *used.split()}:
-        raise UsageError(f"{command} has no use for --{min(unused).replace('_', '-')}.")
-    return run(FinetuneConfig(**given), images)
+    if command in USING:
+        (run, used), images = USING[command], given.pop("images")
+        if unused := given.keys() - {"checkpoint", "image_size", "device", *used.split()}:
+            raise UsageError(f"{command} has no use for --{min(unused).replace('_', '-')}.")
+        config = FinetuneConfig(**given)
+        model = load_model(config, classifier=command == "predict")
+        return run(config, model, open_pictures(images, model))
+    if command == "train":
+        few = given.get("labels_per_class") or given.get("label_list")
+        given = TRAIN | ({"fraction": ""} if few else {"crop_scale": (0.3, 1.0), "drop_path_rate": 0.1}) | given
+        return train_and_save(FinetuneConfig(**given))
+    return make_table(FinetuneConfig(**given))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -41,9 +41,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitmsn import (
     IMAGENET_MEAN, IMAGENET_STD, PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNModel, from_original,
-    normalize, num_patches_to_keep, one_process, read_tensors, sample_patches_to_keep,
-    sample_patches_to_keep_blockwise, to_original, to_rgb, write_file,
-)
+    normalize, num_patches_to_keep, one_process, read_tensors, sample_patches_to_keep, sample_patches_to_keep_blockwise,
+    to_original, to_rgb, write_file)
 
 # ---- Settings: one frozen dataclass, from which the command line is derived ------------------------------------------
 
@@ -95,8 +94,8 @@ class TrainConfig:
     grey: float = opt(0.2, "probability of greyscale", range=(0, 1))
     blur: float = opt(0.5, "probability of Gaussian blur", range=(0, 1))
     blur_sigma: tuple = opt((0.1, 2.0), "deviation of the blur in pixels", range=(1e-3, 100))
-    anchor_view: str = opt("own", "random anchors: augmented on their own, as the target, or as the target but "
-                           "for colour jitter (paper, table 9)", choices=("own", "recolored", "target"))
+    anchor_view: str = opt("own", "random anchors: augmented on their own, as the target but for colour jitter, "
+                           "or as the target (paper, table 9)", choices=("own", "recolored", "target"))
     # Objective
     temperature: float = opt(0.1, "tau of the anchor assignments", range=(1e-3, 100))
     sharpening: float = opt(0.25, "T: the targets' temperature is T tau", range=(1e-3, 1))
@@ -123,7 +122,6 @@ class TrainConfig:
     device: str = opt("auto", "where to train", choices=("auto", "cpu", "cuda"))
     precision: str = opt("auto", "auto: bfloat16 where fast", choices=("auto", "float32", "bfloat16", "float64"))
     gradient_checkpointing: bool = opt(False, "keep less, compute more")
-    compile: bool = opt(False, "torch.compile the encoders")
     num_workers: int = opt(0, "processes that decode images", range=(0, 1000))
     cache_mb: int = opt(1024, "decoded images to keep in memory, MiB, train and val each", range=(0, 10**7))
     checkpoint_every: int = opt(500, "steps between checkpoints", range=(1, 10**9))
@@ -191,11 +189,12 @@ RECIPES |= {  # the published ones (paper, Appendix A.1). Views are whole patche
     for name, ratio, epochs in (("small-16", 0.15, 800), ("base-16", 0.3, 600), ("large-16", 0.5, 600),
                                 ("base-8", 0.3, 600), ("base-4", 0.7, 300), ("large-7", 0.7, 200))}
 # Flags that a resumed run may change, because the result is the same.
-FREE_TO_CHANGE = ("resume", "output_dir", "num_workers", "max_steps", "checkpoint_every", "knn_every", "cache_mb")
+FREE_TO_CHANGE = {"resume", "output_dir", "num_workers", "max_steps", "checkpoint_every", "knn_every", "cache_mb"}
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
     """One --flag for each field of a dataclass; those that are not given stay out of the result."""
+    parser.usage = "%(prog)s [--flag value ...], see %(prog)s --help"
     for f in fields(config_class):
         kind = {"type": f.type, "choices": f.metadata.get("choices")}
         if f.type in (bool, tuple):
@@ -221,7 +220,7 @@ def run_program(main, argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
+    except Exception as error:
         if "--debug" in argv:
             raise
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
@@ -249,10 +248,10 @@ class Batch(NamedTuple):
     unreadable: list[str]
 
 
+@dataclass(eq=False)
 class ImagesInMemory(Dataset):
     """Images of one size. images: n c height width."""
-    def __init__(self, images: Tensor):
-        self.images = images
+    images: Tensor
 
     def __len__(self) -> int:
         return len(self.images)
@@ -297,6 +296,8 @@ class ImageFiles(Dataset):
                 if (pixels := self.read(j)) is not None:
                     break
                 unreadable.append(str(self.paths[j]))
+            else:
+                raise OSError(f"none of the {len(self)} image files is readable any more, such as {self.paths[i]}.")
             images.append(pixels)
             used.append(j)
         sizes = torch.tensor([image.shape[-2:] for image in images])
@@ -330,11 +331,9 @@ class Images(NamedTuple):
 
 def open_data(config: TrainConfig) -> Images:
     """What --data names: synthetic, cifar10, or a folder."""
-    if config.data == "synthetic":
-        return synthetic_images(config.seed)
-    if config.data == "cifar10":
-        return cifar10_images(Path(config.data_dir))
-    return folder_images(Path(config.data), 2 * config.image_size, config.cache_mb * 2**20)
+    if config.data in ("synthetic", "cifar10"):
+        return synthetic_images(config.seed) if config.data == "synthetic" else cifar10_images(Path(config.data_dir))
+    return folder_images(Path(config.data), 2 * config.image_size, config.cache_mb * 2**20 // (config.num_workers + 1))
 
 
 def smooth_noise(count: int, size: int, width: float, rng: np.random.Generator) -> np.ndarray:
@@ -345,16 +344,16 @@ def smooth_noise(count: int, size: int, width: float, rng: np.random.Generator) 
     return noise / noise.std(axis=(1, 2), keepdims=True)
 
 
-cos, sin, tanh = np.cos, np.sin, np.tanh
+cos, sin, tanh, pi = np.cos, np.sin, np.tanh, np.pi
 TEXTURES = {  # u, v: phases in two directions at right angles; n(width): smooth noise; all count size size
     "stripes": lambda u, v, n: tanh(3 * sin(u)),
     "checks": lambda u, v, n: tanh(6 * sin(u / 1.4) * sin(v / 1.4)),
     "dots": lambda u, v, n: tanh(4 * (cos(u) + cos(v) - 0.9)),
     "waves": lambda u, v, n: tanh(3 * sin(u + 1.5 * sin(v / 1.5))),
     "honeycomb": lambda u, v, n: tanh(3 * (cos(u) + cos(-u / 2 + v * 0.866) + cos(-u / 2 - v * 0.866) + 0.3)),
-    "bricks": lambda u, v, n: 1 - 2.0 * ((cos(v * 2) > 0.75) | (cos(u / 1.2 + np.pi * (np.floor(v / np.pi) % 2)) > 0.9)),
+    "bricks": lambda u, v, n: 1 - 2.0 * ((cos(v * 2) > 0.75) | (cos(u / 1.2 + pi * (np.floor(v / pi) % 2)) > 0.9)),
     "zigzag": lambda u, v, n: tanh(3 * sin(u + 2.2 * np.arcsin(sin(v / 1.6)))),
-    "rings": lambda u, v, n: tanh(3 * sin(2.2 * np.hypot(*((p / 2.5) % (2 * np.pi) - np.pi for p in (u, v))))),
+    "rings": lambda u, v, n: tanh(3 * sin(2.2 * np.hypot(*((p / 2.5) % (2 * pi) - pi for p in (u, v))))),
     "blobs": lambda u, v, n: tanh(2 * n(1.5)),
     "grain": lambda u, v, n: tanh(2 * n(0.3))}
 
@@ -384,7 +383,7 @@ def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 
     shape = (train + val, 1, 1)
     contrast = rng.uniform(0.4, 1, shape) * rng.choice([-1, 1], shape)
     pixels = 127.5 + 60 * contrast * pixels + rng.uniform(-30, 30, shape) + rng.normal(0, 6, pixels.shape)
-    images = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).unsqueeze(1).repeat(1, 3, 1, 1)
+    images = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
     return Images(list(TEXTURES), ImagesInMemory(images[:train]), labels[:train], ImagesInMemory(images[train:]),
                   labels[train:])
 
@@ -446,10 +445,9 @@ def download_cifar10(data_dir: Path) -> Path:
         archive = response.read()
     if hashlib.sha256(archive).hexdigest() != CIFAR10_SHA256:
         raise ValueError(f"{CIFAR10_URL} is not the published file (its SHA-256 differs); nothing was unpacked.")
-    folder = data_dir / "cifar-10-batches-py"
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := data_dir / "cifar-10-batches-py").mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
             write_file(folder / name, tar.extractfile(f"cifar-10-batches-py/{name}").read())
     return folder
 
@@ -506,8 +504,7 @@ def crop_boxes(u: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:
     ratio = (math.log(3 / 4) + math.log(16 / 9) * u[:, TRIES:2 * TRIES].double()).exp()
     w, h = (area * ratio).sqrt().round().clamp(min=1), (area / ratio).sqrt().round().clamp(min=1)
     fits = (w <= width[:, None]) & (h <= height[:, None])
-    first = fits.int().argmax(dim=1, keepdim=True)
-    square = torch.minimum(height, width)
+    first, square = fits.int().argmax(dim=1, keepdim=True), torch.minimum(height, width)
     h, w = (torch.where(fits.any(dim=1), x.gather(1, first)[:, 0], square) for x in (h, w))
     place = torch.where(fits.any(dim=1)[:, None], u[:, 2 * TRIES:].double(), 0.5)
     top, left = (place[:, 0] * (height - h + 1)).floor(), (place[:, 1] * (width - w + 1)).floor()
@@ -528,12 +525,11 @@ def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     """Cut a box out of each image and resize it, as two matrix products per image; a flip reverses one of them.
-    images: b c height width (uint8, on the device), boxes: b 4, flip: b (both on the CPU) -> b c size size in [0, 1]."""
+    images: b c height width (uint8, on the device), boxes: b 4, flip: b (both on the CPU) -> b c size size, 0 to 1."""
     # Every box is cut out as a window of the largest one, so that the products run over no more than that.
     window = boxes[:, 2:].amax(dim=0)
     corner = torch.minimum(boxes[:, :2], torch.tensor(images.shape[-2:]) - window)
-    start = boxes[:, :2] - corner
-    height, width = window.tolist()
+    start, (height, width) = boxes[:, :2] - corner, window.tolist()
     rows = resize_matrix(start[:, 0], boxes[:, 2], height, size) / 255
     columns = resize_matrix(start[:, 1], boxes[:, 3], width, size)
     columns[flip] = columns[flip].flip(1)
@@ -553,14 +549,15 @@ def to_grey(pixels: Tensor) -> Tensor:
 def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` of a full circle; saturation and value stay. pixels: b 3 h w, shift: b 1 1 1."""
     red, green, blue = pixels.split(1, dim=1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    value, least = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - least
     scale = 1 / chroma.clamp(min=1e-8)
-    hue = torch.where(value == red, (green - blue) * scale, torch.where(  # in sixths of the circle
+    hue = 6 * shift + torch.where(value == red, (green - blue) * scale, torch.where(  # in sixths of the circle
         value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale))
-    sector = hue + 6 * shift + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]
-    sector = sector - 6 * (sector / 6).floor()  # on a CPU twice as fast as % 6
-    return value - chroma * torch.minimum(sector, 4 - sector).clamp(0, 1)
+    hue = hue - 6 * (hue / 6).floor()  # on a CPU faster than % 6
+    # Red is full within one sixth of 0 and nothing within one of 3; green and blue are full around 2 and 4.
+    centre, sign, height = hue.new_tensor([[3, 2, 4], [1, -1, -1], [-1, 2, 2]])[..., None, None]
+    return least + chroma * ((hue - centre).abs() * sign + height).clamp(0, 1)
 
 
 def blend(pixels: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
@@ -572,8 +569,7 @@ COLOR_OPERATIONS = (  # brightness, contrast, saturation, hue, as torchvision an
     lambda x, f: blend(x, 0.0, f),
     lambda x, f: blend(x, to_grey(x).mean(dim=(1, 2, 3), keepdim=True), f),
     lambda x, f: blend(x, to_grey(x), f),
-    adjust_hue,
-)
+    adjust_hue)
 
 
 def color_jitter(pixels: Tensor, strength: float, apply: Tensor, u_factors: Tensor, u_order: Tensor) -> Tensor:
@@ -595,7 +591,9 @@ def color_jitter(pixels: Tensor, strength: float, apply: Tensor, u_factors: Tens
 def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
     """Blur by a Gaussian, a matrix product per axis; weights that fall outside are left out. sigma: b, in pixels."""
     place = torch.arange(pixels.shape[-1], device=pixels.device)
-    weights = (-0.5 * ((place[:, None] - place) / sigma[:, None, None]) ** 2).softmax(dim=-1)[:, None]
+    exponent = -0.5 * ((place[:, None] - place) / sigma[:, None, None]) ** 2
+    # Weights below 2e-9 are dropped: further out they are denormal numbers, which a CPU multiplies 100 times slower.
+    weights = exponent.masked_fill(exponent < -20, -math.inf).softmax(dim=-1)[:, None]
     return weights @ pixels @ weights.transpose(-1, -2)
 
 
@@ -623,20 +621,17 @@ def make_view(batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size:
 def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tuple[list[Tensor], list[Tensor | None]]:
     """Target view, then the anchor views (random, focal), and the patches to keep of each anchor view: a pure function
     of the images and of (seed, step). `rows` are this process's rows of the global batch."""
-    count = 1 + config.random_views + config.focal_views
-    draws = draw_views(config.batch_size, count, generator_for(config.seed, VIEWS, step))
+    sizes = [(config.image_size, config.crop_scale)] * (1 + config.random_views)
+    sizes += [(config.focal_size, config.focal_scale)] * config.focal_views
+    draws = draw_views(config.batch_size, len(sizes), generator_for(config.seed, VIEWS, step))
     if config.anchor_view != "own":  # paper, table 9: the anchor is the target's own view, perhaps in other colours
         for name in draws if config.anchor_view == "target" else ("crop", "flip", "grey", "blur"):
             draws[name][1:1 + config.random_views] = draws[name][:1]
-    views = []
-    for v in range(count):
-        size, scale = ((config.image_size, config.crop_scale) if v <= config.random_views
-                       else (config.focal_size, config.focal_scale))
-        views.append(make_view(batch, {name: u[v, rows] for name, u in draws.items()}, config, size, scale))
+    views = [make_view(batch, {n: u[v, rows] for n, u in draws.items()}, config, *size) for v, size in enumerate(sizes)]
     sample = sample_patches_to_keep if config.masking == "random" else sample_patches_to_keep_blockwise
-    masks, patches = generator_for(config.seed, MASKS, step), (config.image_size // config.patch_size) ** 2
-    keep = [sample(config.batch_size, patches, config.mask_ratio, masks)[rows].to(batch.images.device, non_blocking=True)
-            for _ in range(config.random_views)]
+    generator, patches = generator_for(config.seed, MASKS, step), (config.image_size // config.patch_size) ** 2
+    masks = [sample(config.batch_size, patches, config.mask_ratio, generator)[rows] for _ in range(config.random_views)]
+    keep = [mask.to(batch.images.device, non_blocking=True) for mask in masks]
     return views, keep + [None] * config.focal_views
 
 
@@ -679,12 +674,10 @@ def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepVal
         sharpening=linear(step, stretched, config.sharpening, config.final_sharpening))
 
 
-# ---- Many processes: the only place that knows of torch.distributed --------------------------------------------------
-# One process needs none of it.
+# ---- Many processes: all that knows of torch.distributed; one process needs none of it -------------------------------
 
 class AllReduceSum(torch.autograd.Function):
-    """Sum over all processes. Each process's loss depends on every process's x, so gradients are summed the same way."""
-
+    """Sum over all processes. Every process's loss depends on every process's x, so gradients are summed alike."""
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         x = x.contiguous().clone()
@@ -707,7 +700,6 @@ def all_processes(x: Tensor, op: str) -> Tensor:
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
     """Batch norm with the statistics of the batch of all processes (torch's own refuses CPU tensors). x: rows d."""
-
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
@@ -734,42 +726,34 @@ class Processes:
         share = batch_size // self.count
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def agree(self, flag: bool) -> bool:
-        """True on every process if it is on any."""
-        if self.count == 1:
-            return flag
-        return bool(all_processes(torch.tensor(int(flag), device=self.device), "max"))
-
     def mean(self, x: Tensor) -> Tensor:
         """Mean over all processes."""
         return x if self.count == 1 else all_processes(x, "sum") / self.count
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
-            dist.barrier()
+
+JOIN_TIMEOUT = timedelta(minutes=5)  # in which all processes must appear
 
 
 def start_processes(config: TrainConfig) -> Processes:
     """Join the process group that torchrun describes in the environment; without torchrun, one process."""
-    count, rank, local = (int(os.environ.get(name, default)) for name, default in
-                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
+    count, rank, local = (int(os.environ.get(*name)) for name in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 0
+    if config.device == "cuda" and not gpus:
         raise UsageError("device='cuda' but torch sees no CUDA device; use --device cpu, or a CUDA build of torch.")
-    use_cuda = cuda and config.device != "cpu"
-    if use_cuda and local >= torch.cuda.device_count():
-        raise UsageError(f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} are there); "
-                         "start fewer processes, or use --device cpu.")
+    if gpus and local >= gpus:
+        raise UsageError(f"process {local} of this machine has no GPU of its own ({gpus} are there); start fewer "
+                         "processes, or use --device cpu.")
     if config.batch_size % count or config.batch_size // count < 2:
         raise UsageError(f"batch_size={config.batch_size} can't be shared evenly by {count} processes, two images or "
                          f"more each; use {max(2, math.ceil(config.batch_size / count)) * count}.")
-    if use_cuda:
+    if gpus:
         torch.cuda.set_device(local)
-    if count > 1:
-        # The first process evaluates while the others wait for it: longer than the usual ten minutes if need be.
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=60))
-    return Processes(rank, count, torch.device("cuda", local) if use_cuda else torch.device("cpu"))
+    if count > 1:  # the first process evaluates while the others wait for it, longer than the usual ten minutes
+        timeout = timedelta(minutes=60)
+        store, *_ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set_timeout(timeout)
+        dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=count, timeout=timeout)
+    return Processes(rank, count, torch.device("cuda", local) if gpus else torch.device("cpu"))
 
 
 # ---- One training step -----------------------------------------------------------------------------------------------
@@ -778,10 +762,9 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     """auto is bfloat16 where matrix products in it are fast: CUDA from Ampere on, CPUs with AMX."""
     if wanted != "auto":
         return wanted
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
-    return "bfloat16" if has_amx() else "float32"
+    fast = (torch.cuda.get_device_capability(device)[0] >= 8 if device.type == "cuda"
+            else getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    return "bfloat16" if fast else "float32"
 
 
 def build_model(config: TrainConfig, processes: Processes) -> ViTMSNForPreTraining:
@@ -828,10 +811,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
                patches_to_keep: list[Tensor | None], now: StepValues, clip_grad: float,
                precision: str = "float32") -> tuple[MSNLoss, Tensor]:
     """One update of anchor encoder, prototypes and target encoder -> terms of the loss, norm of the encoder's gradient.
-
     model: ViTMSNForPreTraining, or it in DistributedDataParallel. Raises FloatingPointError, before anything has
-    changed, if the loss or a gradient is not finite.
-    """
+    changed, if the loss or a gradient is not finite."""
     network = model.module if isinstance(model, DistributedDataParallel) else model
     with torch.autocast(target_view.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         loss = model(target_view, anchor_views, patches_to_keep, now.sharpening)
@@ -839,9 +820,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
     loss.loss.backward()
     # As published, the prototypes' gradient is not part of the norm and is not clipped.
     grad_norm = nn.utils.clip_grad_norm_(network.anchor_encoder.parameters(), clip_grad, foreach=True)
-    proto_grad = network.prototypes.grad
-    check = torch.stack([loss.loss.detach(), grad_norm] + ([] if proto_grad is None else [proto_grad.abs().max()]))
-    if not torch.isfinite(check).all():  # the one place where the host waits for the device
+    check = [loss.loss.detach(), grad_norm, *(g.abs().max() for g in [network.prototypes.grad] if g is not None)]
+    if not torch.isfinite(torch.stack(check)).all():  # the one place where the host waits for the device
         raise FloatingPointError(
             f"loss {loss.loss.item():.4g} (cross-entropy {loss.cross_entropy.item():.4g}, me-max "
             f"{loss.memax.item():.4g}, entropy {loss.entropy.item():.4g}), gradient norm {grad_norm.item():.4g}")
@@ -858,23 +838,21 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
 @torch.no_grad()
 def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int], size: int, device: torch.device,
                  batch_size: int = 256) -> tuple[Tensor, list[int]]:
-    """Features of whole images, squashed to `size`: the class token before the final norm, or (encoder None) raw pixels.
-
-    -> rows d, float32, on the CPU, and which images they are: unreadable ones are left out.
-    """
+    """Features of whole images squashed to `size`: the class token before the final norm, or (encoder None) raw pixels.
+    -> rows d, float32, on the CPU, and which images they are: unreadable ones are left out."""
     features, kept, training = [], [], encoder is not None and encoder.training
     if training:
         encoder.eval()
     for first in range(0, len(indices), batch_size):
         wanted = indices[first:first + batch_size]
         batch = images.__getitems__(wanted)
-        right = [row for row, (a, b) in enumerate(zip(wanted, batch.indices, strict=True)) if a == b]
+        right = [row for row, i in enumerate(wanted) if batch.indices[row] == i]
         boxes = torch.cat([torch.zeros_like(batch.sizes), batch.sizes], dim=1)
         whole = crop_and_resize(batch.images.to(device), boxes, torch.zeros(len(boxes), dtype=torch.bool), size)
         pixels = normalize(whole[right])
         state = pixels.flatten(1) if encoder is None else encoder.class_token(pixels, interpolate_pos_encoding=True)
         features.append(state.float().cpu())
-        kept += [batch.indices[row] for row in right]
+        kept += [wanted[row] for row in right]
     if training:
         encoder.train()
     return torch.cat(features), kept
@@ -883,12 +861,9 @@ def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int
 def knn_predict(train_features: Tensor, train_labels: Tensor, features: Tensor, k: int = 20,
                 temperature: float = 0.07) -> Tensor:
     """Class of each row by its k nearest training rows: cosine similarity, votes weighted by exp(similarity / T).
-
-    train_features: n d, train_labels: n, features: m d -> m. k is at most n.
-    """
+    train_features: n d, train_labels: n, features: m d -> m. k is at most n."""
     train_features, features = F.normalize(train_features, dim=-1), F.normalize(features, dim=-1)
-    classes = int(train_labels.max()) + 1
-    predicted = []
+    classes, predicted = int(train_labels.max()) + 1, []
     for rows in features.split(1024):
         similarity, nearest = (rows @ train_features.T).topk(min(k, len(train_features)), dim=-1)
         # Subtracting the row's maximum changes no vote and keeps exp() finite at any temperature.
@@ -898,38 +873,27 @@ def knn_predict(train_features: Tensor, train_labels: Tensor, features: Tensor, 
     return torch.cat(predicted)
 
 
-def knn_accuracy(encoder: ViTMSNModel | None, data: Images, config: TrainConfig, device: torch.device, k: int = 20,
-                 temperature: float = 0.07) -> float:
+def knn_accuracy(encoder: ViTMSNModel | None, data: Images, config: TrainConfig, device: torch.device,
+                 k: int = 20) -> float:
     """Share of validation images that k-NN on the training images gets right. encoder None: raw pixels."""
     bank = torch.linspace(0, len(data.train) - 1, min(config.knn_images, len(data.train))).long().tolist()
     train, train_kept = embed_images(encoder, data.train, bank, config.image_size, device)
     val, val_kept = embed_images(encoder, data.val, list(range(len(data.val))), config.image_size, device)
-    predicted = knn_predict(train, data.train_labels[train_kept], val, k, temperature)
+    predicted = knn_predict(train, data.train_labels[train_kept], val, k)
     return (predicted == data.val_labels[val_kept]).float().mean().item()
 
 
 # ---- The run's folder: settings, metrics, checkpoints ----------------------------------------------------------------
 
 METRICS = ("step", "epoch", "loss", "cross_entropy", "memax", "entropy", "prototypes_used", "top_assignment",
-           "grad_norm", "lr", "weight_decay", "momentum", "sharpening", "images_per_second", "elapsed_seconds")
+           "grad_norm", *StepValues._fields, "images_per_second", "elapsed_seconds")
 
 
-class Table:
-    """A CSV file that grows by rows and, when a run is resumed, loses those after the checkpoint."""
-
-    def __init__(self, path: Path, columns: tuple[str, ...], keep_before: int):
-        rows = [row.values() for row in read_table(path) if int(row["step"]) < keep_before]
-        write_file(path, "".join(",".join(row) + "\n" for row in (columns, *rows)).encode())
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-
-    def add(self, *values) -> None:
-        """One more row; floats are written so that they read back the same."""
-        self.file.write(",".join(map(str, values)) + "\n")
-
-    def flush(self) -> None:
-        """To the disk, before a checkpoint says that these rows are there."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+def open_table(path: Path, columns: tuple[str, ...], keep_before: int) -> TextIO:
+    """A CSV file to which rows are printed; when a run is resumed, it loses those after the checkpoint."""
+    rows = [row.values() for row in read_table(path) if int(row["step"]) < keep_before]
+    write_file(path, "".join(",".join(row) + "\n" for row in (columns, *rows)).encode())
+    return open(path, "a", encoding="utf-8")
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -940,33 +904,34 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def save_checkpoint(folder: Path, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer, config: TrainConfig,
                     step: int, elapsed: float) -> None:
-    """All that resuming needs: no state of random generators, as every draw is a function of seed and step.
-
-    Both encoders are stored as the original release stores them, so whatever reads vits16_800ep.pth.tar reads this.
-    The checkpoint before stays, as checkpoint-previous.pt.
-    """
+    """All that resuming needs: no state of random generators, as every draw is a function of seed and step. Encoders
+    are stored as in the original release: what reads vits16_800ep.pth.tar reads this. The checkpoint before stays."""
     channels = model.config.num_channels
     content = {
         "target_encoder": to_original(model.target_encoder.state_dict(), channels),
         "encoder": to_original(model.anchor_encoder.state_dict(), channels), "prototypes": model.prototypes.detach(),
         "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed, "config": asdict(config),
         "model_config": model.config.to_dict()}
-    last, previous = folder / "checkpoint.pt", folder / "checkpoint-previous.pt"
-    write_file(folder / "checkpoint-next.pt", lambda file: torch.save(content, file))
+    newest, last = folder / "checkpoint-next.pt", folder / "checkpoint.pt"
+    write_file(newest, lambda file: torch.save(content, file))
     if last.is_file():
-        os.replace(last, previous)
-    os.replace(folder / "checkpoint-next.pt", last)
+        os.replace(last, folder / "checkpoint-previous.pt")
+    os.replace(newest, last)
+
+
+CHECKPOINT = {"target_encoder": dict, "encoder": dict, "prototypes": Tensor, "optimizer": dict, "step": int,
+              "elapsed": float, "config": dict}
 
 
 def load_checkpoint(folder: Path) -> dict | None:
-    """The newest whole checkpoint of a run; a damaged one is named and the one before it taken. None if there is none."""
-    found = [folder / name for name in ("checkpoint-next.pt", "checkpoint.pt", "checkpoint-previous.pt")]
-    found = [path for path in found if path.is_file()]
+    """The newest whole checkpoint of a run, None if there is none; a damaged one is named and the one before taken."""
+    names = ("checkpoint-next.pt", "checkpoint.pt", "checkpoint-previous.pt")
+    found = [folder / name for name in names if (folder / name).is_file()]
     for path in found:
         try:
             content = read_tensors(path)
-            if missing := {"target_encoder", "encoder", "prototypes", "optimizer", "step", "config"} - content.keys():
-                raise ValueError(f"{path} is no checkpoint of train_msn.py: it lacks {', '.join(sorted(missing))}.")
+            if wrong := [name for name, kind in CHECKPOINT.items() if not isinstance(content.get(name), kind)]:
+                raise ValueError(f"{path} is no checkpoint of train_msn.py: {', '.join(wrong)} missing or wrong.")
             return content
         except ValueError as error:
             print(f"{error} Trying the checkpoint before it.", file=sys.stderr, flush=True)
@@ -977,16 +942,16 @@ def load_checkpoint(folder: Path) -> dict | None:
 
 def restore(content: dict, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's content back. Raises ValueError if it is of another architecture or not finite."""
-    tensors = [v for name in ("target_encoder", "encoder") for v in content[name].values()] + [content["prototypes"]]
-    if not all(torch.isfinite(v).all() for v in tensors):
-        raise ValueError("the checkpoint holds weights that are not finite.")
+    parts = {"target_encoder.": content["target_encoder"], "anchor_encoder.": content["encoder"]}
     try:
-        model.target_encoder.load_state_dict(from_original(content["target_encoder"]))
-        model.anchor_encoder.load_state_dict(from_original(content["encoder"]))
-        with torch.no_grad():
-            model.prototypes.copy_(content["prototypes"])
-        optimizer.load_state_dict(content["optimizer"])
-    except (RuntimeError, KeyError) as error:
+        weights = {part + name: v for part, state in parts.items() for name, v in from_original(state).items()}
+        model.load_state_dict({**weights, "prototypes": content["prototypes"]})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
+        moments = [(k, kept[k], p) for p, kept in optimizer.state.items() for k in ("exp_avg", "exp_avg_sq", "step")]
+        for name, v, like in [(k, v, v) for k, v in model.state_dict().items()] + moments:
+            if v.shape not in (like.shape, ()) or not torch.isfinite(v).all():
+                raise ValueError(f"{name} is not finite, or of shape {tuple(v.shape)} instead of {tuple(like.shape)}")
+    except Exception as error:  # what is in it may be of any kind
         raise ValueError(f"the checkpoint does not fit these settings: {error}") from None
 
 
@@ -994,33 +959,29 @@ def choose_folder(config: TrainConfig) -> Path:
     """The run's folder: as asked for, else the newest of this recipe (--resume) or the next free number."""
     if config.output_dir:
         return Path(config.output_dir)
-    taken = sorted(int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{config.recipe}-*")
-                   if p.name.rpartition("-")[2].isdigit())
-    number = taken[-1] if taken and config.resume else taken[-1] + 1 if taken else 1
-    return Path("runs") / f"{config.recipe}-{number:03d}"
+    numbers = [p.name.removeprefix(f"{config.recipe}-") for p in Path("runs").glob(f"{config.recipe}-*")]
+    last = max((int(n) for n in numbers if n.isdecimal()), default=0)
+    return Path("runs") / f"{config.recipe}-{max(last, 1) if config.resume else last + 1:03d}"
 
 
 def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
-    """Settings and checkpoint of a run that starts or goes on in `folder`.
-
-    Raises UsageError if the folder holds a run and --resume was not given, or a flag contradicts the saved settings.
-    """
+    """Settings and checkpoint of a run that starts or goes on in `folder`. Raises UsageError if the folder holds a run
+    and --resume was not given, or a flag contradicts the saved settings."""
     config = make_config(given)
     content = load_checkpoint(folder) if config.resume else None
     if content is None:
-        if not config.resume and (folder / "config.json").exists():
-            raise UsageError(f"{folder} holds a run already; go on with it by --resume, or choose another --output-dir.")
         if config.resume:
             print(f"there is no checkpoint in {folder}: starting from the beginning", flush=True)
+        elif (folder / "config.json").exists():
+            raise UsageError(f"{folder} holds a run; go on with it by --resume, or choose another --output-dir.")
         return config, None
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in content["config"].items()}
     for name, value in given.items():
-        if name not in FREE_TO_CHANGE and value != "auto" and saved.get(name) != value:
-            raise UsageError(f"--{name.replace('_', '-')} {value} contradicts the run in {folder}, which was started "
-                             f"with {saved.get(name)}; leave the flag out, or start another run.")
-    known = {f.name for f in fields(TrainConfig)}
-    changed = {name: value for name, value in given.items() if name in FREE_TO_CHANGE}
-    return TrainConfig(**{**{name: v for name, v in saved.items() if name in known}, "max_steps": 0, **changed}), content
+        if name not in FREE_TO_CHANGE and value not in ("auto", saved.get(name)):
+            raise UsageError(f"--{name.replace('_', '-')} {value} contradicts the run in {folder}, started with "
+                             f"{saved.get(name)}; leave the flag out, or start another run.")
+    settings = {**saved, "max_steps": 0, **{name: v for name, v in given.items() if name in FREE_TO_CHANGE}}
+    return TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings}), content
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
@@ -1031,16 +992,9 @@ def to_picture(pixels: Tensor, keep: Tensor | None = None, patch_size: int = 1) 
     picture = ((pixels.float() * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
     if keep is not None:
         side = len(picture) // patch_size
-        kept = np.isin(np.arange(side * side), keep.cpu().numpy()).reshape(side, side)
-        picture = np.where(kept.repeat(patch_size, 0).repeat(patch_size, 1)[..., None], picture, np.uint8([255, 220, 180]))
+        kept = np.isin(np.arange(side * side), keep.cpu().numpy()).reshape(side, side, 1)
+        picture = np.where(kept.repeat(patch_size, 0).repeat(patch_size, 1), picture, np.uint8([255, 220, 180]))
     return picture
-
-
-def save_png(path: Path, image: Image.Image) -> None:
-    """Whole or not at all."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    write_file(path, buffer.getvalue())
 
 
 def save_sheet(path: Path, rows: list[list[np.ndarray]], header: list[str], cell: int = 96) -> None:
@@ -1053,7 +1007,7 @@ def save_sheet(path: Path, rows: list[list[np.ndarray]], header: list[str], cell
         for c, image in enumerate(map(Image.fromarray, row)):
             image = image.resize([max(1, s * cell // largest) for s in image.size], Image.Resampling.NEAREST)
             sheet.paste(image, (c * (cell + 4), 16 + r * (cell + 4)))
-    save_png(path, sheet)
+    write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
 
 
 def save_views(path: Path, views: list[Tensor], keep: list[Tensor | None], config: TrainConfig) -> None:
@@ -1073,14 +1027,10 @@ def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, size: int, d
         parts += embed_images(encoder, images, which, size, device)
     query, query_kept, train, train_kept = parts
     nearest = (F.normalize(query, dim=-1) @ F.normalize(train, dim=-1).T).topk(min(7, len(train)), dim=-1).indices
-
-    def picture(images, i):
-        batch = images.__getitems__([i])
-        return batch.images[0][:, :batch.sizes[0, 0], :batch.sizes[0, 1]].permute(1, 2, 0).numpy()
-
-    save_sheet(path, [[picture(queries, q), *(picture(data.train, train_kept[j]) for j in near)]
-                      for q, near in zip(query_kept, nearest.tolist(), strict=True)],
-               ["query", *(f"nearest {i + 1}" for i in range(nearest.shape[1]))])
+    rows = [[(queries, q), *((data.train, train_kept[j]) for j in near)]
+            for q, near in zip(query_kept, nearest.tolist(), strict=True)]
+    rows = [[images.__getitems__([i]).images[0].permute(1, 2, 0).numpy() for images, i in row] for row in rows]
+    save_sheet(path, rows, ["query", *(f"nearest {i + 1}" for i in range(nearest.shape[1]))])
 
 
 COLORS = ("#1f5fa8", "#c8501e", "#2f8a4a", "#7a4fa0", "#8a6d1f", "#555555", "#c02070")
@@ -1093,48 +1043,42 @@ def save_plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]
     draw = ImageDraw.Draw(sheet)
     for p, (title, series) in enumerate(panels.items()):
         points = np.array([point for line in series.values() for point in line] or [(1, 0)], dtype=float)
-        low, high = points.min(axis=0), points.max(axis=0)
-        box = (p * width + pad, 28, (p + 1) * width - 16, height - 28)
-
-        def place(x, y, box=box, low=low, high=high):
-            (x, x0, x1) = np.log10((x, low[0], high[0])) if log_x else (x, low[0], high[0])
-            return (box[0] + (box[2] - box[0]) * (x - x0) / ((x1 - x0) or 1),
-                    box[3] - (box[3] - box[1]) * (y - low[1]) / ((high[1] - low[1]) or 1))
-
+        x0, y0, x1, y1 = *points.min(axis=0), *points.max(axis=0)
+        y1 += y1 == y0  # a flat line is drawn at the bottom
+        left, top, right, bottom = box = (p * width + pad, 28, (p + 1) * width - 16, height - 28)
         draw.rectangle(box, outline="#bbbbbb")
-        draw.text((box[0], 8), title, fill="black")
-        for y in (low[1], (low[1] + high[1]) / 2, high[1]):
-            draw.text((p * width + 4, place(low[0], y)[1] - 6), f"{y:.3g}", fill="#555555")
-        for x in (low[0], high[0]):
-            draw.text((place(x, low[1])[0] - 12, box[3] + 4), f"{x:g}", fill="#555555")
+        draw.text((left, 8), title, fill="black")
+        for y, at in ((y0, bottom), ((y0 + y1) / 2, (top + bottom) / 2), (y1, top)):
+            draw.text((p * width + 4, at - 6), f"{y:.3g}", fill="#555555")
+        for x, at in ((x0, left), (x1, right)):
+            draw.text((at - 12, bottom + 4), f"{x:g}", fill="#555555")
         for s, (name, line) in enumerate(series.items()):
-            draw.line([place(x, y) for x, y in line], fill=COLORS[s % len(COLORS)], width=2)
-            draw.text((box[0], height - 8 + 16 * s), f"- {name}", fill=COLORS[s % len(COLORS)])
-    save_png(path, sheet)
+            x, y = np.reshape(line, (-1, 2)).T
+            x, limits = (np.log10(x), np.log10((x0, x1))) if log_x else (x, (x0, x1))
+            dots = np.stack([np.interp(x, limits, (left, right)), np.interp(y, (y0, y1), (bottom, top))], axis=1)
+            draw.line(dots.ravel().tolist(), fill=COLORS[s % len(COLORS)], width=2)
+            draw.text((left, height - 8 + 16 * s), f"- {name}", fill=COLORS[s % len(COLORS)])
+    write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
 
 
 def save_curves(folder: Path) -> None:
     """curves.png: the terms of the loss, prototypes in use and k-NN against the step, from the run's tables."""
-    rows, knn = read_table(folder / "metrics.csv"), read_table(folder / "knn.csv")
-
-    def curve(name):
-        return [(int(row["step"]), float(row[name])) for row in rows[::max(1, len(rows) // 300)]]
-
-    save_plot(folder / "curves.png", {
-        "loss": {name: curve(name) for name in ("loss", "cross_entropy", "memax", "entropy")},
-        "prototypes in use": {"prototypes_used": curve("prototypes_used")},
-        "k-NN accuracy": {"target encoder": [(int(row["step"]), float(row["accuracy"])) for row in knn]}})
+    rows = read_table(folder / "metrics.csv")
+    curves = {name: [(int(row["step"]), float(row[name])) for row in rows[::max(1, len(rows) // 300)]]
+              for name in ("loss", "cross_entropy", "memax", "entropy", "prototypes_used")}
+    used, table = {"prototypes_used": curves.pop("prototypes_used")}, read_table(folder / "knn.csv")
+    knn = {"target encoder": [(int(row["step"]), float(row["accuracy"])) for row in table]}
+    save_plot(folder / "curves.png", {"loss": curves, "prototypes in use": used, "k-NN accuracy": knn})
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 class Record:
     """What a run says: metrics.csv and knn.csv, live progress on a terminal, a plain line now and then in a file."""
-
     def __init__(self, folder: Path, config: TrainConfig, first_step: int, last_step: int, elapsed: float):
         self.first, self.last, self.batch_size, self.before = first_step, last_step, config.batch_size, elapsed
-        self.metrics = Table(folder / "metrics.csv", METRICS, first_step)
-        self.knn = Table(folder / "knn.csv", ("step", "epoch", "accuracy"), first_step + 1)
+        self.metrics = open_table(folder / "metrics.csv", METRICS, first_step)
+        self.knn = open_table(folder / "knn.csv", ("step", "epoch", "accuracy"), first_step + 1)
         self.start = self.step_start = self.shown = time.perf_counter()
 
     def elapsed(self) -> float:
@@ -1142,10 +1086,10 @@ class Record:
         return self.before + time.perf_counter() - self.start
 
     def step(self, step: int, epoch: float, terms: list[float], used: int, now: StepValues) -> None:
-        """A row for the step; a line twice a second on a terminal, every 20 seconds in a file, and for the last step."""
+        """A row for each step; a line twice a second on a terminal, every 20 seconds in a file, and for the last."""
         clock, live = time.perf_counter(), sys.stdout.isatty()
-        self.metrics.add(step, epoch, *terms[:4], used, *terms[4:], *now, self.batch_size / (clock - self.step_start),
-                         self.elapsed())
+        print(step, epoch, *terms[:4], used, *terms[4:], *now, self.batch_size / (clock - self.step_start),
+              self.elapsed(), sep=",", file=self.metrics)
         self.step_start = clock
         if clock - self.shown < (0.5 if live else 20) and step + 1 < self.last:
             return
@@ -1157,50 +1101,47 @@ class Record:
 
     def evaluation(self, step: int, epoch: float, accuracy: float) -> None:
         """The target encoder's k-NN accuracy after an epoch."""
-        self.knn.add(step, epoch, accuracy)
+        print(step, epoch, accuracy, sep=",", file=self.knn)
         print(f"{chr(10) if sys.stdout.isatty() else ''}epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}", flush=True)
 
+    def flush(self) -> None:
+        """To the disk, before a checkpoint says that these rows are there."""
+        for file in (self.metrics, self.knn):
+            file.flush()
+            os.fsync(file.fileno())
 
-class StopSignal:
-    """Ctrl-C and SIGTERM ask the loop to end after its step; a second one ends the program at once."""
 
-    def __init__(self):
-        self.received = ""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        """The handler: remember which signal it was."""
-        self.received = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+def listen_for_stop() -> list[str]:
+    """A list that gets the signal's name at Ctrl-C or SIGTERM; a second signal ends the program at once."""
+    received = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: (received.append(signal.Signals(n).name), signal.signal(n, signal.SIG_DFL)))
+    return received
 
 
 def announce(config: TrainConfig, folder: Path, data: Images, model: nn.Module, first: int, last: int) -> None:
     """Write the settings to config.json, and say in a few lines what is about to happen."""
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.json", json.dumps(asdict(config), indent=2).encode())
-    parameters = sum(p.numel() for p in model.anchor_encoder.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in model.anchor_encoder.parameters() if p.requires_grad) / 1e6
     print(f"run folder {folder}: recipe {config.recipe}, seed {config.seed}, {last} steps of {config.batch_size} images"
-          + (f", going on after {first}" if first else ""))
-    print(f"data {config.data}: {len(data.train)} training images" + (
-        f", {len(data.val)} validation images of {len(data.classes)} classes" if data.val else ", no labels"))
+          + f", going on after {first}" * bool(first) + f"\ndata {config.data}: {len(data.train)} training images, "
+          + (f"{len(data.val)} validation images of {len(data.classes)} classes" if data.val else "no labels"))
     print(f"model: width {config.hidden_size}, {config.num_hidden_layers} layers, patches of {config.patch_size} at "
-          f"{config.image_size} pixels, {parameters / 1e6:.2f} M parameters with the projection head, "
-          f"{config.num_prototypes} prototypes")
-    print(f"views: 1 target, {config.random_views} random (mask ratio {config.mask_ratio}), {config.focal_views} focal "
-          f"of {config.focal_size} pixels; {config.precision} on {next(model.parameters()).device}, "
-          f"{model.anchor_encoder.config.attn_implementation} attention", flush=True)
+          f"{config.image_size} pixels, {parameters:.2f} M parameters with the projection head, "
+          f"{config.num_prototypes} prototypes\nviews: 1 target, {config.random_views} random (mask ratio "
+          f"{config.mask_ratio}), {config.focal_views} focal of {config.focal_size} pixels; {config.precision} on "
+          f"{model.prototypes.device}, {model.anchor_encoder.config.attn_implementation} attention", flush=True)
 
 
 def report_unreadable(batch: Batch, seen: set[str]) -> None:
     """Name each file that can't be read once."""
     for path in set(batch.unreadable) - seen:
         seen.add(path)
-        print(f"\n{path} is no readable image ({len(seen)} so far); the next one stands in", file=sys.stderr, flush=True)
+        print(f"\n{path} is no readable image ({len(seen)} so far); the next one stands in", file=sys.stderr)
 
 
-def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: TrainConfig, step: int,
-               elapsed: float) -> None:
+def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: TrainConfig, step: int, elapsed: float):
     """The encoder as a folder that transformers loads, the pictures, and the comparison with what needs no training."""
     encoder, device = ViTMSNModel(config.model_config()), model.prototypes.device
     encoder.load_state_dict({k: v for k, v in model.target_encoder.state_dict().items() if not k.startswith("fc.")})
@@ -1222,10 +1163,8 @@ def train(config: TrainConfig, folder: Path, content: dict | None, processes: Pr
     """The whole run: set up, loop, finish. content: the checkpoint from which it goes on, or None."""
     config = replace(config, precision=choose_precision(config.precision, processes.device))
     data, rows, chief = open_data(config), processes.rows(config.batch_size), processes.rank == 0
-    steps_per_epoch = len(data.train) // config.batch_size
-    if not steps_per_epoch:
-        raise UsageError(f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; use a "
-                         "smaller batch.")
+    if not (steps_per_epoch := len(data.train) // config.batch_size):
+        raise UsageError(f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; lower it.")
     first_step = content["step"] if content else 0
     last_step = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     if content and first_step >= last_step and (folder / "summary.json").exists():
@@ -1239,39 +1178,37 @@ def train(config: TrainConfig, folder: Path, content: dict | None, processes: Pr
     if chief:
         announce(config, folder, data, network, first_step, last_step)
         record = Record(folder, config, first_step, last_step, content["elapsed"] if content else 0.0)
-    stop, unreadable = StopSignal(), set()
+    received, unreadable = listen_for_stop(), set()
     batches = step_batches(config, len(data.train), range(first_step, last_step), rows)
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=Batch._make, num_workers=config.num_workers)
     for step, batch in enumerate(loader, first_step):
         report_unreadable(batch, unreadable)
         torch.manual_seed(generator_for(config.seed, DROPOUT, step, processes.rank).initial_seed())
-        views, keep = make_views(batch._replace(images=batch.images.to(processes.device)), config, step, rows)
+        batch = batch._replace(images=batch.images.to(processes.device))
+        (target, *anchors), keep = make_views(batch, config, step, rows)
         now, epoch = schedule_at(config, step, steps_per_epoch), (step + 1) / steps_per_epoch
         try:
-            loss, grad_norm = train_step(model, optimizer, views[0], views[1:], keep, now, config.clip_grad, config.precision)
+            loss, norm = train_step(model, optimizer, target, anchors, keep, now, config.clip_grad, config.precision)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step} is not finite: {error}. Nothing of it was kept; the last good "
                                      f"checkpoint is {folder / 'checkpoint.pt'}.") from None
-        terms = processes.mean(torch.stack([loss.loss.detach(), loss.cross_entropy.detach(), loss.memax.detach(),
-                                            loss.entropy.detach(), loss.top_assignment, grad_norm])).tolist()
-        stopping = processes.agree(bool(stop.received)) or step + 1 == last_step
+        terms = torch.stack([*loss[:4], loss.top_assignment, norm, norm.new_tensor(len(received))]).detach()
+        *terms, signals = processes.mean(terms).tolist()
         if chief:
             record.step(step, epoch, terms, loss.prototypes_used.item(), now)
             if step == 0:
-                save_views(folder / "views.png", views, keep, config)
+                save_views(folder / "views.png", [target, *anchors], keep, config)
             if data.val is not None and config.knn_every and (step + 1) % (config.knn_every * steps_per_epoch) == 0:
                 record.evaluation(step + 1, epoch, knn_accuracy(network.target_encoder, data, config, processes.device))
-            if stopping or (step + 1) % config.checkpoint_every == 0:
-                record.metrics.flush(), record.knn.flush()
+            if signals or step + 1 == last_step or (step + 1) % config.checkpoint_every == 0:
+                record.flush()
                 save_checkpoint(folder, network, optimizer, config, step + 1, record.elapsed())
-        if stopping:
-            break
-    if chief and stop.received:
-        print(f"\nstopped by {stop.received} after step {step + 1}; go on with the same command and --resume "
-              f"--output-dir {folder}", flush=True)
-    elif chief:
+        if signals:
+            if chief:
+                print(f"\nstopped after step {step + 1}; go on by the same command with --resume --output-dir {folder}")
+            return
+    if chief:
         finish_run(folder, network, data, config, last_step, record.elapsed())
-    processes.wait()
 
 
 def main(argv: list[str]) -> None:
@@ -1280,10 +1217,11 @@ def main(argv: list[str]) -> None:
     add_flags(parser, TrainConfig)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
     config = make_config(given)
-    processes = start_processes(config)
-    folder = choose_folder(config)
+    processes, folder = start_processes(config), choose_folder(config)
     config, content = settle(given, folder)
     train(config, folder, content, processes)
+    if processes.count > 1:
+        dist.barrier()  # the first process still evaluates
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """ViTMSN: the Vision Transformer of Masked Siamese Networks, and its self-supervised objective, in one file.
 
 Paper: Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022, arXiv 2204.07141v1. Section
-and equation numbers below are of that version. The file follows the paper's Section 3 from top to bottom:
-
-    configuration -> patchify and mask -> encoder -> classifier -> similarity metric and predictions -> objective
-    -> pretraining (anchor encoder, target encoder, prototypes) -> reading and writing weights -> preprocessing
+and equation numbers below are of that version. The file follows the paper's Section 3 from top to bottom (its Input
+Views, the random augmentations, are made in train_msn.py): patchify and mask, encoder, similarity metric and
+predictions, training objective, pretraining. Around it: configuration, classifier, weights, preprocessing.
 
 The backbone and the classifier are the same model as ViTMSNModel and ViTMSNForImageClassification of Hugging Face
 transformers: the same numbers from the same weights, in both directions. The pretraining reproduces the published
@@ -13,9 +12,9 @@ procedure (tests/test_golden.py); wherever we leave it, a comment that starts wi
     model = ViTMSNForImageClassification.from_pretrained("facebook/vit-msn-small", num_labels=10)
     logits = model(preprocess(images, model.config)).logits
 
-Shapes are written in the letters of the einops patterns, the same everywhere:
-    b images    v anchor views per image    n tokens or patches    d width of the encoder    h attention heads
-    k prototypes    e width of the projection (256)    c channels    p patch size in pixels
+Shapes are written in the letters of the einops patterns (in brackets the paper's):
+    b images    v anchor views per image (M)    n tokens or patches    d width of the encoder    h attention heads
+    k prototypes (K)    e width of the projection, 256 (d)    c channels    p patch size in pixels (N)
 """
 import copy
 import json
@@ -25,45 +24,36 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,  # exact, with erf
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "silu": F.silu,
-}
-
-# The published shapes (paper, Section 4): name -> width, layers, heads, patch size in pixels.
-PRESETS = {
+    "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # gelu: exact
+    "gelu_new": partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+PRESETS = {  # the published shapes (paper, Section 4): name -> width, layers, heads, patch size in pixels
     "small-16": (384, 12, 6, 16), "base-16": (768, 12, 12, 16), "base-8": (768, 12, 12, 8),
-    "base-4": (768, 12, 12, 4), "large-16": (1024, 24, 16, 16), "large-7": (1024, 24, 16, 7),
-}
+    "base-4": (768, 12, 12, 4), "large-16": (1024, 24, 16, 16), "large-7": (1024, 24, 16, 7)}
 
 
 @dataclass
 class ViTMSNConfig:
     """Architecture of a ViTMSN. Names, defaults and meaning are those of transformers' ViTMSNConfig.
-
     `num_labels` is the length of `id2label`; 0 makes the classifier's head the identity. Keys of a config.json that
-    are not fields here are kept in `extra` and written back. Raises ValueError for values no model can have.
-    """
+    are not fields here are kept in `extra` and written back. Raises ValueError for values no model can have."""
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -86,27 +76,6 @@ class ViTMSNConfig:
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self._settle_labels()
-        for name, allowed in (("hidden_act", tuple(ACTIVATIONS)), ("attn_implementation", ("sdpa", "eager")),
-                              ("problem_type", (None, *PROBLEM_TYPES)), ("qkv_bias", (True, False))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; use one of {allowed}.")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{f.name}={value!r} must be a whole number of at least 1.")
-            if f.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
-                raise ValueError(f"{f.name}={value!r} must be a number of at least 0 and below 1.")
-        if self.hidden_size % self.num_attention_heads:
-            below = self.hidden_size - self.hidden_size % self.num_attention_heads
-            raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
-                             f"{self.num_attention_heads}; use {below or self.num_attention_heads} or "
-                             f"{below + self.num_attention_heads}, or another number of heads.")
-        if self.patch_size > self.image_size:
-            raise ValueError(f"patch_size={self.patch_size} is larger than image_size={self.image_size}: no patch "
-                             "fits; use a smaller patch or a larger image.")
-
-    def _settle_labels(self):
         if self.id2label is None:
             self.num_labels = 2 if self.num_labels is None else self.num_labels
             if type(self.num_labels) is not int or self.num_labels < 0:
@@ -117,10 +86,27 @@ class ViTMSNConfig:
         except (AttributeError, TypeError, ValueError):
             raise ValueError(f"id2label={self.id2label!r} must map class numbers to names.") from None
         if self.num_labels not in (None, len(self.id2label)):
-            raise ValueError(f"num_labels={self.num_labels} but id2label names {len(self.id2label)} classes; "
-                             "give one of them, or make them agree.")
+            raise ValueError(f"num_labels={self.num_labels} but id2label names {len(self.id2label)} classes; give one.")
         self.num_labels = len(self.id2label)
         self.label2id = {name: i for i, name in self.id2label.items()} if self.label2id is None else self.label2id
+        choices = {"hidden_act": tuple(ACTIVATIONS), "attn_implementation": ("sdpa", "eager"),
+                   "problem_type": (None, *PROBLEM_TYPES)}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in choices and value not in choices[f.name]:
+                raise ValueError(f"{f.name}={value!r} is not known; use one of {choices[f.name]}.")
+            if f.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{f.name}={value!r} must be a whole number of at least 1.")
+            if f.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
+                raise ValueError(f"{f.name}={value!r} must be a number of at least 0 and below 1.")
+            if f.type is bool and type(value) is not bool:
+                raise ValueError(f"{f.name}={value!r} must be True or False.")
+        width, heads = self.hidden_size, self.num_attention_heads
+        if rest := width % heads:
+            raise ValueError(f"hidden_size={width} is not divisible by num_attention_heads={heads}; use "
+                             f"{max(width - rest, heads)} or {width - rest + heads}, or another number of heads.")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"no patch fits: patch_size={self.patch_size} must be <= image_size={self.image_size}.")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ViTMSNConfig":
@@ -134,8 +120,8 @@ class ViTMSNConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "ViTMSNConfig":
         """From the content of a config.json; unknown keys go to `extra`."""
-        if not isinstance(values, dict) or values.get("model_type", "vit_msn") != "vit_msn":
-            kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        kind = values.get("model_type", "vit_msn") if isinstance(values, dict) else type(values).__name__
+        if kind != "vit_msn":
             raise ValueError(f"this config describes {kind!r}, not a model of type 'vit_msn'.")
         known = {f.name for f in fields(cls)} - {"extra"}
         extra = {key: value for key, value in values.items() if key not in known | {"model_type", "architectures"}}
@@ -154,9 +140,8 @@ class ViTMSNConfig:
 
     def to_dict(self) -> dict:
         """The content of config.json, as transformers writes and reads it (how attention is computed is no part)."""
-        values = {key: value for key, value in asdict(self).items() if value is not None}
-        for name in ("extra", "attn_implementation", "num_labels"):
-            values.pop(name)
+        left_out = {"extra", "attn_implementation", "num_labels"}
+        values = {key: value for key, value in asdict(self).items() if value is not None and key not in left_out}
         return {**self.extra, **values, "model_type": "vit_msn"}
 
     @property
@@ -165,181 +150,12 @@ class ViTMSNConfig:
         return self.image_size // self.patch_size
 
 
-# ---- Patchify and Mask (paper, Section 3) ----------------------------------------------------------------------------
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images into non-overlapping patches, row by row. Pixels that do not fill a patch are dropped.
-
-    images: b c height width -> b n (c p p), with n = height // p * (width // p).
-    """
-    p = patch_size
-    height, width = images.shape[-2] // p * p, images.shape[-1] // p * p
-    return rearrange(images[..., :height, :width], "b c (gh p1) (gw p2) -> b (gh gw) (c p1 p2)", p1=p, p2=p)
-
-
-def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """Put patches together again: the inverse of patchify. patches: b (gh gw) (c p p) -> b c height width."""
-    return rearrange(patches, "b (gh gw) (c p1 p2) -> b c (gh p1) (gw p2)",
-                     gh=grid[0], gw=grid[1], p1=patch_size, p2=patch_size)
-
-
-def num_patches_to_keep(num_patches: int, mask_ratio: float) -> int:
-    """floor(n (1 - ratio)), the ratio taken as the decimal it is written as: 25 patches at 0.8 keep 5, where floating
-    point says 4. Raises ValueError if the ratio is outside [0, 1) or no patch would be left."""
-    if not 0 <= mask_ratio < 1:
-        raise ValueError(f"mask_ratio={mask_ratio} must be at least 0 and below 1.")
-    kept = math.floor(num_patches * (1 - Fraction(str(mask_ratio))))
-    if kept < 1:
-        raise ValueError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches; use a lower ratio or smaller "
-                         "patches.")
-    return kept
-
-
-def sample_patches_to_keep(batch: int, num_patches: int, mask_ratio: float, generator: torch.Generator) -> Tensor:
-    """Random mask: which patches of each image stay, every subset equally likely, ascending -> (batch, kept) indices.
-
-    Departure: the official code draws one mask for the whole batch; the paper masks views, so each image here has a
-    mask of its own. Only `generator` decides.
-    """
-    kept = num_patches_to_keep(num_patches, mask_ratio)
-    order = torch.rand(batch, num_patches, generator=generator, device=generator.device).argsort(dim=1)
-    return order[:, :kept].sort(dim=1).values
-
-
-def sample_patches_to_keep_blockwise(batch: int, num_patches: int | tuple[int, int], mask_ratio: float,
-                                     generator: torch.Generator) -> Tensor:
-    """Block-wise mask, contract as sample_patches_to_keep: the dropped patches form one block of random place and shape.
-
-    num_patches: their number, if the grid is square, or (rows, columns). A block is made of the patches nearest to a
-    random centre, by the larger of the distances along each axis, stretched by an aspect ratio between 1:2 and 2:1;
-    so its size is exact, also where it meets the image's border. (Not in the paper, which masks at random.)
-    """
-    rows, columns = (math.isqrt(num_patches),) * 2 if isinstance(num_patches, int) else num_patches
-    if isinstance(num_patches, int) and rows * columns != num_patches:
-        raise ValueError(f"{num_patches} patches are no square grid; pass (rows, columns).")
-    kept = num_patches_to_keep(rows * columns, mask_ratio)
-    centre_row, centre_column, stretch = torch.rand(3, batch, 1, generator=generator, device=generator.device)
-    aspect = 2 ** (stretch - 0.5)
-    row = torch.arange(rows, device=generator.device).repeat_interleave(columns)
-    column = torch.arange(columns, device=generator.device).repeat(rows)
-    distance = torch.maximum((row + 0.5 - centre_row * rows).abs() * aspect,
-                             (column + 0.5 - centre_column * columns).abs() / aspect)
-    return distance.argsort(dim=1, descending=True, stable=True)[:, :kept].sort(dim=1).values
-
-
-def take_patches(x: Tensor, patches_to_keep: Tensor) -> Tensor:
-    """Rows of x that stay. x: b n d, patches_to_keep: b kept -> b kept d."""
-    return x.gather(1, patches_to_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-# ---- Encoder: a pre-norm Vision Transformer whose class token is the representation (paper, Section 3, "Encoder") ----
-
-def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resample the positions of a square grid to (rows, columns): bicubic, half-pixel centres, no antialiasing.
-
-    positions: 1 (1 + n) d -> 1 (1 + rows * columns) d. The class token's position is left alone.
-    """
-    side = math.isqrt(positions.shape[1] - 1)
-    patches = rearrange(positions[:, 1:], "1 (gh gw) d -> 1 d gh gw", gh=side)
-    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], rearrange(patches, "1 d gh gw -> 1 (gh gw) d")], dim=1)
-
-
-def eager_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d_h)) v, written out; returns the probabilities too.
-
-    query: b h nq d_h; key, value: b h n d_h -> (b h nq d_h, b h nq n). Keeps the whole h * nq * n table in memory.
-    """
-    # Scaling the queries touches n * d_h numbers instead of n * n.
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    probabilities = F.dropout(scores.softmax(dim=-1), dropout)
-    return probabilities @ value, probabilities
-
-
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, None]:
-    """The same by torch's fused kernel, which never holds the table and so has no probabilities to return."""
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout), None
-
-
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth: drop an image's whole residual branch with probability `rate`, scale the others up. x: b n d."""
-    if rate == 0 or not training:
-        return x
-    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
-    return x * keep / (1 - rate)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection to queries, keys and values."""
-
-    def __init__(self, config: ViTMSNConfig):
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.dropout = config.attention_probs_dropout_prob
-        self.implementation = config.attn_implementation
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Tensor, class_token_only: bool = False,
-                output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x: b n d -> b n d (b 1 d with class_token_only), and the probabilities b h n n if they were asked for."""
-        if class_token_only:  # one query asks, but every token is still a key and a value
-            width, bias = x.shape[-1], self.qkv.bias
-            query = F.linear(x[:, :1], self.qkv.weight[:width], None if bias is None else bias[:width])
-            key_value = F.linear(x, self.qkv.weight[width:], None if bias is None else bias[width:])
-            query = rearrange(query, "b n (h d) -> b h n d", h=self.num_heads)
-            key, value = rearrange(key_value, "b n (two h d) -> two b h n d", two=2, h=self.num_heads).unbind(0)
-        else:
-            qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-            query, key, value = qkv.unbind(0)  # views of one tensor: nothing is copied
-        # A fused kernel has no probabilities to show, so a model that is asked for them computes them the long way.
-        attend = sdpa_attention if self.implementation == "sdpa" and not output_attentions else eager_attention
-        out, probabilities = attend(query, key, value, self.dropout if self.training else 0.0)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)")), probabilities if output_attentions else None
-
-
-class MLP(nn.Module):
-    """Two linear layers with an activation between them, on every token by itself."""
-
-    def __init__(self, config: ViTMSNConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: b n d -> b n d."""
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ViTMSNConfig, drop_path_rate: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.drop_path_rate = drop_path_rate
-
-    def forward(self, x: Tensor, class_token_only: bool = False,
-                output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x: b n d -> b n d, or b 1 d with class_token_only; attention probabilities b h n n or None."""
-        attended, probabilities = self.attn(self.norm1(x), class_token_only, output_attentions)
-        x = (x[:, :1] if class_token_only else x) + drop_path(self.dropout(attended), self.drop_path_rate, self.training)
-        x = x + drop_path(self.dropout(self.mlp(self.norm2(x))), self.drop_path_rate, self.training)
-        return x, probabilities
-
-
+# ---- Outputs, loading and saving: the surface of transformers, no part of the method --------------------------------
 def output(output_class: type) -> type:
     """A dataclass that torch.compile, torch.export and DataParallel can look into."""
-    output_class = dataclass(output_class)
-    names = [f.name for f in fields(output_class)]
-    pytree.register_pytree_node(output_class, lambda out: ([getattr(out, name) for name in names], None),
+    pytree.register_pytree_node(output_class, lambda out: (list(vars(out).values()), None),
                                 lambda values, _: output_class(*values), serialized_type_name=output_class.__name__)
-    return output_class
+    return dataclass(output_class)
 
 
 @output
@@ -360,46 +176,36 @@ class ViTMSNClassifierOutput:
     attentions: tuple[Tensor, ...] | None = None
 
 
-def finish(output):
+def finish(out):
     """What forward returns: the output object, but for torch.jit.trace, which knows only tuples of tensors."""
-    if torch.jit.is_tracing():
-        return tuple(value for value in vars(output).values() if value is not None)
-    return output
+    return tuple(x for x in vars(out).values() if x is not None) if torch.jit.is_tracing() else out
 
 
 class PretrainedMixin:
     """What the backbone and the classifier share of transformers' surface."""
-    config: ViTMSNConfig
-
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, *, config: ViTMSNConfig | None = None,
                         attn_implementation: str | None = None, torch_dtype: torch.dtype | str | None = None,
                         dtype: torch.dtype | str | None = None, num_labels: int | None = None,
                         ignore_mismatched_sizes: bool = False, **model_options):
         """Load a transformers folder, an original .pth.tar, one of our checkpoints, or a name on the hub; eval mode.
-
         torch_dtype (or dtype): None means the stored one. config: only needed for an original file whose heads are
-        not 64 wide. Raises ValueError that names missing or wrongly shaped weights, FileNotFoundError.
-        """
-        stored_config, weights = read_pretrained(name_or_path, config)
-        config = copy.deepcopy(stored_config)
-        if attn_implementation is not None:
-            config.attn_implementation = attn_implementation
-        if num_labels is not None and num_labels != config.num_labels:
-            config.num_labels, config.id2label, config.label2id = num_labels, None, None
-        config.__post_init__()  # the changes above are checked like everything else
-        model = cls(config, **model_options)
+        not 64 wide. Raises ValueError that names missing or wrongly shaped weights, FileNotFoundError."""
+        config, weights = read_pretrained(name_or_path, config)
+        changes = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        if num_labels not in (None, config.num_labels):
+            changes |= {"num_labels": num_labels, "id2label": None, "label2id": None}
+        model = cls(replace(copy.deepcopy(config), **changes), **model_options)
         load_weights(model, weights, str(name_or_path), ignore_mismatched_sizes)
-        stored_dtype = weights["cls_token"].dtype
-        wanted = dtype if torch_dtype is None else torch_dtype
-        wanted = stored_dtype if wanted in (None, "auto") else getattr(torch, wanted) if isinstance(wanted, str) else wanted
-        return model.to(wanted).eval()
+        dtype = torch_dtype or dtype or "auto"
+        if isinstance(dtype, str):
+            dtype = weights["cls_token"].dtype if dtype == "auto" else getattr(torch, dtype)
+        return model.to(dtype).eval()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write config.json and model.safetensors (without the safetensors package: pytorch_model.bin); transformers
         4 and 5 read both. Each file appears whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
         weights = to_transformers(self.state_dict(), self.config.num_channels)
         try:
             from safetensors.torch import save as to_bytes
@@ -413,68 +219,193 @@ class PretrainedMixin:
 
     def gradient_checkpointing_enable(self) -> None:
         """In training, keep only each layer's input and compute the rest again in the backward pass."""
-        for module in self.modules():
-            if isinstance(module, ViTMSNModel):
-                module.gradient_checkpointing = True
+        getattr(self, "vit", self).gradient_checkpointing = True
 
     def set_attn_implementation(self, implementation: str) -> None:
         """"sdpa" or "eager", for every layer."""
-        if implementation not in ("sdpa", "eager"):
-            raise ValueError(f"attn_implementation={implementation!r} is not known; use 'sdpa' or 'eager'.")
+        replace(self.config, attn_implementation=implementation)  # refuses any other
         self.config.attn_implementation = implementation
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.implementation = implementation
+        for block in getattr(self, "vit", self).blocks:
+            block.attn.implementation = implementation
+
+
+# ---- Patchify and Mask (paper, Section 3) ----------------------------------------------------------------------------
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into non-overlapping patches, row by row. Pixels that do not fill a patch are dropped.
+    images: b c height width -> b n (c p p), with n = height // p * (width // p)."""
+    p = patch_size
+    height, width = images.shape[-2] // p * p, images.shape[-1] // p * p
+    return rearrange(images[..., :height, :width], "b c (gh p1) (gw p2) -> b (gh gw) (c p1 p2)", p1=p, p2=p)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Put patches together again: the inverse of patchify. patches: b (gh gw) (c p p) -> b c height width."""
+    return rearrange(patches, "b (gh gw) (c p1 p2) -> b c (gh p1) (gw p2)",
+                     gh=grid[0], gw=grid[1], p1=patch_size, p2=patch_size)
+
+
+def num_patches_to_keep(num_patches: int, mask_ratio: float) -> int:
+    """floor(n (1 - ratio)), the ratio taken as the decimal it is written as: 25 patches at 0.8 keep 5, where floating
+    point says 4. Raises ValueError if the ratio is outside [0, 1) or no patch would be left."""
+    kept = math.floor(num_patches * (1 - Fraction(str(mask_ratio)))) if 0 <= mask_ratio < 1 else 0
+    if kept < 1:
+        raise ValueError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches or is not in [0, 1); lower it.")
+    return kept
+
+
+def sample_patches_to_keep(batch: int, num_patches: int, mask_ratio: float, generator: torch.Generator) -> Tensor:
+    """Random mask: which patches stay, ascending, every subset equally likely, by `generator` alone -> (b, kept).
+    (The paper's focal mask is a small crop, a view that loses no patches.) Departure: the official code draws one mask
+    for the whole batch; the paper masks views, so each image here has a mask of its own."""
+    kept = num_patches_to_keep(num_patches, mask_ratio)
+    order = torch.rand(batch, num_patches, generator=generator, device=generator.device).argsort(dim=1)
+    return order[:, :kept].sort(dim=1).values
+
+
+def sample_patches_to_keep_blockwise(batch: int, num_patches: int | tuple[int, int], mask_ratio: float,
+                                     generator: torch.Generator) -> Tensor:
+    """Block-wise mask (not in the paper), contract as above: one block of random place and shape is dropped: patches
+    nearest to a random centre by the larger distance along an axis, stretched by an aspect ratio of 1:2 to 2:1; so its
+    size is exact, also at the border. num_patches: their number, if the grid is square, or (rows, columns)."""
+    rows, columns = (math.isqrt(num_patches),) * 2 if isinstance(num_patches, int) else num_patches
+    if isinstance(num_patches, int) and rows * columns != num_patches:
+        raise ValueError(f"{num_patches} patches are no square grid; pass (rows, columns).")
+    kept = num_patches_to_keep(rows * columns, mask_ratio)
+    centre_row, centre_column, stretch = torch.rand(3, batch, 1, generator=generator, device=generator.device)
+    aspect = 2 ** (stretch - 0.5)
+    patch = torch.arange(rows * columns, device=generator.device)
+    distance = torch.maximum((patch // columns + 0.5 - centre_row * rows).abs() * aspect,
+                             (patch % columns + 0.5 - centre_column * columns).abs() / aspect)
+    return distance.argsort(dim=1, descending=True, stable=True)[:, :kept].sort(dim=1).values
+
+
+def take_patches(x: Tensor, patches_to_keep: Tensor) -> Tensor:
+    """Rows of x that stay. x: b n d, patches_to_keep: b kept -> b kept d."""
+    return x.gather(1, patches_to_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+# ---- Encoder: a pre-norm Vision Transformer whose class token is the representation (paper, Section 3, "Encoder") ----
+def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resample the positions of a square grid to (rows, columns): bicubic, half-pixel centres, no antialiasing.
+    positions: 1 (1 + n) d -> 1 (1 + rows * columns) d. The class token's position is left alone."""
+    patches = rearrange(positions[:, 1:], "1 (gh gw) d -> 1 d gh gw", gh=math.isqrt(positions.shape[1] - 1))
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], rearrange(patches, "1 d gh gw -> 1 (gh gw) d")], dim=1)
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d_h)) v, written out; returns the probabilities too.
+    query: b h nq d_h; key, value: b h n d_h -> (b h nq d_h, b h nq n). Keeps the whole h * nq * n table in memory."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # scales n * d_h numbers instead of n * n
+    probabilities = F.dropout(scores.softmax(dim=-1), dropout)
+    return probabilities @ value, probabilities
+
+
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, None]:
+    """The same by torch's fused kernel, which never holds the table and so has no probabilities to return."""
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout), None
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: drop an image's residual branch with probability `rate`, scale the others up. x: b n d."""
+    if rate == 0 or not training:
+        return x
+    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
+    return x * keep / (1 - rate)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection to queries, keys and values."""
+    def __init__(self, config: ViTMSNConfig):
+        super().__init__()
+        self.num_heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.implementation = config.attn_implementation
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, class_token_only: bool = False,
+                output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x: b n d -> b n d (b 1 d with class_token_only), and the probabilities b h n n if they were asked for."""
+        if class_token_only:  # one query asks, but every token is still a key and a value
+            width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
+            query = F.linear(x[:, :1], weight[:width], None if bias is None else bias[:width])
+            qkv = query, *F.linear(x, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
+        else:
+            qkv = self.qkv(x).chunk(3, dim=-1)  # views of one tensor: nothing is copied
+        query, key, value = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in qkv)
+        # A fused kernel has no probabilities to show, so a model that is asked for them computes them the long way.
+        attend = sdpa_attention if self.implementation == "sdpa" and not output_attentions else eager_attention
+        out, probabilities = attend(query, key, value, self.dropout if self.training else 0.0)
+        return self.proj(rearrange(out, "b h n d -> b n (h d)")), probabilities if output_attentions else None
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them, on every token by itself. b n d -> b n d."""
+    def __init__(self, config: ViTMSNConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    def __init__(self, config: ViTMSNConfig, drop_path_rate: float):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps), Attention(config)
+        self.norm2, self.mlp = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps), MLP(config)
+        self.dropout, self.drop_path_rate = nn.Dropout(config.hidden_dropout_prob), drop_path_rate
+
+    def forward(self, x: Tensor, class_token_only: bool = False,
+                output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x: b n d -> b n d, or b 1 d with class_token_only; attention probabilities b h n n or None."""
+        attended, probabilities = self.attn(self.norm1(x), class_token_only, output_attentions)
+        x = x[:, :1] if class_token_only else x
+        x = x + drop_path(self.dropout(attended), self.drop_path_rate, self.training)
+        return x + drop_path(self.dropout(self.mlp(self.norm2(x))), self.drop_path_rate, self.training), probabilities
+
+
+def init_linear_layers(model: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
+    """Weights of all linear layers as `draw` draws them in place, biases zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            draw(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class ViTMSNModel(PretrainedMixin, nn.Module):
     """The backbone. `use_mask_token` adds a learnable token that replaces masked patches (MSN itself drops them)."""
-
     def __init__(self, config: ViTMSNConfig, use_mask_token: bool = False):
         super().__init__()
-        self.config = config
-        width = config.hidden_size
+        self.config, width, depth = config, config.hidden_size, config.num_hidden_layers
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if use_mask_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid_size**2, width))
-        # A convolution whose stride is its size is one matrix product over flattened patches.
-        self.patch_embed = nn.Linear(config.num_channels * config.patch_size**2, width)
-        last = max(config.num_hidden_layers - 1, 1)
-        self.blocks = nn.ModuleList(Block(config, config.drop_path_rate * i / last)
-                                    for i in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
-        init_like_transformers(self, config.initializer_range)
-
-    def _check_input(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
-        size, channels, p = self.config.image_size, self.config.num_channels, self.config.patch_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; pass (images, {channels}, height, "
-                             "width), for example preprocess(images, model.config).")
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values is {pixel_values.dtype}; pass normalised floats, for example "
-                             "preprocess(images, model.config).")
-        height, width = pixel_values.shape[-2:]
-        if not interpolate_pos_encoding and (height, width) != (size, size):
-            raise ValueError(f"the images are {height} x {width} pixels but the model was made for {size} x {size}; "
-                             "resize them, or pass interpolate_pos_encoding=True.")
-        if height < p or width < p:
-            raise ValueError(f"the images are {height} x {width} pixels, smaller than one patch of {p} x {p}.")
+        self.patch_embed = nn.Linear(config.num_channels * config.patch_size**2, width)  # a convolution of stride p
+        self.blocks = nn.ModuleList(Block(config, config.drop_path_rate * i / max(depth - 1, 1)) for i in range(depth))
+        self.norm, self.gradient_checkpointing = nn.LayerNorm(width, eps=config.layer_norm_eps), False
+        init_linear_layers(self, partial(nn.init.normal_, std=config.initializer_range))  # as transformers does
 
     def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None,
               patches_to_keep: Tensor | None = None, interpolate_pos_encoding: bool = False) -> Tensor:
         """Pixels to tokens with positions, class token first; patches that are not kept are never embedded.
-
-        pixel_values: b c height width, bool_masked_pos: b n, patches_to_keep: b kept -> b (1 + n or kept) d.
-        """
-        self._check_input(pixel_values, interpolate_pos_encoding)
+        pixel_values: b c height width, bool_masked_pos: b n, patches_to_keep: b kept -> b (1 + n or kept) d."""
+        size, channels, p = self.config.image_size, self.config.num_channels, self.config.patch_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)} and type {pixel_values.dtype}; pass "
+                             f"normalised floats (images, {channels}, height, width), as preprocess() makes them.")
         height, width = pixel_values.shape[-2:]
-        grid = (height // self.config.patch_size, width // self.config.patch_size)
-        positions = self.pos_embed
+        if min(height, width) < p or not (interpolate_pos_encoding or height == width == size):
+            raise ValueError(f"the images are {height} x {width} pixels but the model was made for {size} x {size}; "
+                             f"resize, or pass interpolate_pos_encoding=True and at least one patch of {p} x {p}.")
+        patches, positions = patchify(pixel_values.to(self.patch_embed.weight.dtype), p), self.pos_embed
         # As transformers decides it: 64 x 16 pixels of a 32-pixel model make as many patches but are resampled.
-        if grid[0] * grid[1] != positions.shape[1] - 1 or height != width:
-            positions = interpolate_positions(positions, grid)
-        patches = patchify(pixel_values.to(self.patch_embed.weight.dtype), self.config.patch_size)
+        if patches.shape[1] != positions.shape[1] - 1 or height != width:
+            positions = interpolate_positions(positions, (height // p, width // p))
         patch_positions = positions[:, 1:].expand(len(patches), -1, -1)
         if patches_to_keep is not None:  # a third of the pixels kept is a third of the embedding computed
             patches, patch_positions = (take_patches(x, patches_to_keep) for x in (patches, patch_positions))
@@ -492,18 +423,15 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
     def class_token(self, pixel_values: Tensor, patches_to_keep: Tensor | None = None,
                     interpolate_pos_encoding: bool = False) -> Tensor:
         """The class token after the last layer, *before* the final norm: the published feature for probing. -> b d.
-
-        In the last layer nothing else is looked at, so only the class token asks, and only it passes through the MLP.
-        """
+        In the last layer nothing else is looked at: only the class token asks, and only it passes through the MLP."""
         tokens = self.embed(pixel_values, None, patches_to_keep, interpolate_pos_encoding)
         for i, block in enumerate(self.blocks, 1):
             tokens, _ = self._run(block, tokens, i == len(self.blocks), False)
         return tokens[:, 0]
 
     def _run(self, block: Block, *arguments) -> tuple[Tensor, Tensor | None]:
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
+        recompute = self.gradient_checkpointing and self.training
+        return checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None,
                 patches_to_keep: Tensor | None = None, interpolate_pos_encoding: bool = False,
@@ -511,31 +439,15 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         """pixel_values: b c height width; bool_masked_pos: b n, True where the mask token stands in;
         patches_to_keep: b kept, indices of the patches that enter the encoder, all if None."""
         tokens = self.embed(pixel_values, bool_masked_pos, patches_to_keep, interpolate_pos_encoding)
-        hidden_states, attentions = [tokens], []
+        hidden_states, attentions = [tokens] if output_hidden_states else [], []
         for block in self.blocks:
             tokens, probabilities = self._run(block, tokens, False, output_attentions)
-            hidden_states.append(tokens)
-            attentions.append(probabilities)
-            if not output_hidden_states:
-                hidden_states.clear()  # else every layer's output would stay in memory
-        return finish(ViTMSNModelOutput(self.norm(tokens), tuple(hidden_states) if output_hidden_states else None,
-                                        tuple(attentions) if output_attentions else None))
-
-
-def init_like_transformers(model: nn.Module, std: float) -> None:
-    """normal(0, std) for linear layers, zero biases; class token and positions stay zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            hidden_states += [tokens] if output_hidden_states else []  # else all would stay in memory
+            attentions += [probabilities] if output_attentions else []
+        return finish(ViTMSNModelOutput(self.norm(tokens), tuple(hidden_states) or None, tuple(attentions) or None))
 
 
 # ---- Classifier ------------------------------------------------------------------------------------------------------
-
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     """Mean squared error, cross-entropy or binary cross-entropy. logits: b num_labels -> scalar."""
     if problem_type == "regression":
@@ -547,13 +459,11 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Te
 
 class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
     """The backbone with a linear head on the class token (after the final norm, as in transformers)."""
-
     def __init__(self, config: ViTMSNConfig):
         super().__init__()
-        self.config = config
-        self.vit = ViTMSNModel(config)
+        self.config, self.vit = config, ViTMSNModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
-        init_like_transformers(self.classifier, config.initializer_range)
+        init_linear_layers(self.classifier, partial(nn.init.normal_, std=config.initializer_range))
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, interpolate_pos_encoding: bool = False,
                 output_hidden_states: bool = False, output_attentions: bool = False) -> ViTMSNClassifierOutput:
@@ -565,25 +475,20 @@ class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
             state = self.vit.norm(self.vit.class_token(pixel_values, None, interpolate_pos_encoding))
             hidden_states = attentions = None
         logits = self.classifier(state)
-        loss = None if labels is None else classification_loss(logits, labels, self._infer_problem_type(labels))
-        return finish(ViTMSNClassifierOutput(logits, loss, hidden_states, attentions))
-
-    def _infer_problem_type(self, labels: Tensor) -> str:
-        if self.config.problem_type is None:
+        if labels is not None and self.config.problem_type is None:  # inferred once, as transformers does
             whole = labels.dtype in (torch.long, torch.int)
             self.config.problem_type = PROBLEM_TYPES[0 if self.config.num_labels == 1 else 1 if whole else 2]
-        return self.config.problem_type
+        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
+        return finish(ViTMSNClassifierOutput(logits, loss, hidden_states, attentions))
 
 
 # ---- Similarity Metric and Predictions (paper, Section 3) ------------------------------------------------------------
-# All in the log domain: at the temperatures of MSN the plain
-# form underflows to 0 and its logarithm is infinite (temperature 0.1, sharpening 0.05 is enough in float32).
-
-AllReduce = Callable[[Tensor, str], Tensor]
+# In the log domain throughout: in float32 the plain form is 0, its log infinite, at temperature 0.1, sharpening 0.05.
+AllReduce = Callable[[Tensor, str], Tensor]  # x, "sum" or "max" -> that of x over all processes
 
 
 def one_process(x: Tensor, op: str) -> Tensor:
-    """The reduction ("sum" or "max") of x over all processes, if there is one process. train_msn.py has the other."""
+    """The reduction over all processes if there is but one. train_msn.py has the other."""
     return x
 
 
@@ -593,18 +498,15 @@ def log_assign(z: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
 
 
 def smooth(log_p: Tensor, smoothing: float) -> Tensor:
-    """Label smoothing of the prototype labels: log((1 - s) p + s / k). log_p: b k -> b k."""
+    """Label smoothing of the prototype labels (not in the paper): log((1 - s) p + s / k). log_p: b k -> b k."""
     if smoothing == 0:
         return log_p
-    uniform = log_p.new_tensor(smoothing / log_p.shape[-1]).log()
-    return torch.logaddexp(log_p + math.log1p(-smoothing), uniform)
+    return torch.logaddexp(log_p + math.log1p(-smoothing), log_p.new_tensor(smoothing / log_p.shape[-1]).log())
 
 
 def sharpen(log_p: Tensor, sharpening: float) -> Tensor:
     """p^(1/T) renormalised: for p = softmax(s / tau) the same as softmax(s / (T tau)). log_p: b k -> b k.
-
-    The paper writes the target's own temperature tau+ = T tau (0.025 = 0.25 x 0.1).
-    """
+    The paper writes the target's own temperature tau+ = T tau (0.025 = 0.25 x 0.1)."""
     return (log_p / sharpening).log_softmax(dim=-1)
 
 
@@ -615,53 +517,43 @@ def batch_logsumexp(log_p: Tensor, all_reduce: AllReduce) -> Tensor:
 
 
 def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_process) -> Tensor:
-    """Sinkhorn normalisation: give every prototype the same share of the batch, then every view its sum of 1.
-
-    log_p: b k (any positive matrix) -> b k whose rows sum to 1 and whose columns tend to b / k. The images' step comes
-    last, so that theirs is exact. The constants b, k and the total of the usual form cancel in the row step.
-    """
+    """Sinkhorn normalisation (paper, Appendix A.1): every prototype the same share of the batch, then every view its
+    sum of 1. log_p: b k (any positive matrix) -> b k whose rows sum to 1, exactly, as their step comes last, and whose
+    columns tend to b / k. The constants b, k and the total of the usual form cancel in the row step."""
     for _ in range(iterations):
         log_p = (log_p - batch_logsumexp(log_p, all_reduce)).log_softmax(dim=-1)
     return log_p
 
 
 # ---- Training Objective (paper, Section 3, equation (1)) -------------------------------------------------------------
-
 def cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
     """H(p+, p), mean over all anchor views: the first term of (1). log_p: v b k, targets: b k (no gradient)."""
-    # The target of an image is shared by its v views, so the views are averaged first and nothing is tiled.
-    return -(targets * log_p.mean(dim=0)).sum(dim=-1).mean()
+    return -(targets * log_p.mean(dim=0)).sum(dim=-1).mean()  # views share a target: averaged first, nothing is tiled
 
 
 def me_max(log_p: Tensor, log_prior: Tensor | None = None, all_reduce: AllReduce = one_process) -> Tensor:
-    """Mean-entropy maximisation: KL(mean prediction || prior), >= 0, to be minimised. log_p: rows k -> scalar.
-
+    """ME-MAX, mean-entropy maximisation: KL(mean prediction || prior) >= 0, to be minimised. log_p: rows k -> scalar.
     With the uniform prior (None) this is log k - H(mean prediction): the second term of (1), shifted by the constant
-    log k so that it is 0 exactly when all prototypes are used alike. Another prior is PMSN (arXiv 2210.07277).
-    """
-    # Each row sums to 1, so the softmax over prototypes divides the batch's sum by the number of rows.
-    log_mean = batch_logsumexp(log_p, all_reduce).log_softmax(dim=-1)
+    log k so that it is 0 exactly when all prototypes are used alike. Another prior is PMSN (arXiv 2210.07277)."""
+    log_mean = batch_logsumexp(log_p, all_reduce).log_softmax(dim=-1)  # rows sum to 1: divides by their number
     log_prior = -math.log(log_p.shape[-1]) if log_prior is None else log_prior.to(log_mean)
     return (log_mean.exp() * (log_mean - log_prior)).sum()
 
 
 def entropy(log_p: Tensor) -> Tensor:
-    """Mean entropy of the single predictions, in nats. log_p: rows k -> scalar."""
+    """Mean entropy of the single predictions, in nats (not in the paper; weight 0). log_p: rows k -> scalar."""
     return -(log_p.exp() * log_p).sum(dim=-1).mean()
 
 
 def power_law_prior(num_prototypes: int, exponent: float) -> Tensor:
-    """log of a prior proportional to rank^-exponent (PMSN, arXiv 2210.07277, Section 4): for data with few frequent
-    and many rare classes. Exponent 0 is the uniform one. -> k."""
+    """log of a prior like rank^-exponent (PMSN, Section 4): few frequent, many rare classes. 0: uniform. -> k."""
     return (-exponent * torch.arange(1, num_prototypes + 1, dtype=torch.float64).log()).log_softmax(dim=0)
 
 
 class MSNLoss(NamedTuple):
     """Scalars, but for target_assignments (b k, rows sum to 1). Without units; entropies in nats.
-
     loss = cross_entropy + memax_weight * memax + entropy_weight * entropy. The last three tell a healthy run from a
-    collapsed one: how many prototypes are some target's first choice, and the mean highest and lowest assignment.
-    """
+    collapsed one: how many prototypes are some target's first choice, and the mean highest and lowest assignment."""
     loss: Tensor
     cross_entropy: Tensor
     memax: Tensor
@@ -676,11 +568,9 @@ def msn_loss(anchors: Tensor, targets: Tensor, prototypes: Tensor, *, temperatur
              sharpening: float = 0.25, sinkhorn_iterations: int = 3, memax_weight: float = 1.0,
              entropy_weight: float = 0.0, label_smoothing: float = 0.0, log_prior: Tensor | None = None,
              all_reduce: AllReduce = one_process) -> MSNLoss:
-    """The objective (1) and its terms. anchors: (v b) e, view-major; targets: b e; prototypes: k e.
-
-    Gradients reach the anchors and, through the anchors' side only, the prototypes. Departure: computed in float32
-    even under autocast (the official code has no mixed precision). sinkhorn_iterations=0 leaves it out.
-    """
+    """The objective (1), its lambda being memax_weight, and its terms. anchors: (v b) e, view-major; targets: b e;
+    prototypes: k e. Gradients reach the anchors and, through the anchors' side only, the prototypes. Departure: in
+    float32 even under autocast (the official code has no mixed precision). sinkhorn_iterations=0 leaves it out."""
     if len(anchors) % len(targets):
         raise ValueError(f"{len(anchors)} anchor rows are no whole number of views of {len(targets)} target rows.")
     with torch.autocast(anchors.device.type, enabled=False):
@@ -690,70 +580,48 @@ def msn_loss(anchors: Tensor, targets: Tensor, prototypes: Tensor, *, temperatur
         with torch.no_grad():
             log_q = smooth(log_assign(targets, prototypes, temperature), label_smoothing)
             q = sinkhorn(sharpen(log_q, sharpening), sinkhorn_iterations, all_reduce).exp()
-            votes = F.one_hot(q.argmax(dim=-1), q.shape[-1]).sum(dim=0)
-            used = (all_reduce(votes, "sum") > 0).sum()
+            used = (all_reduce(F.one_hot(q.argmax(dim=-1), q.shape[-1]).sum(dim=0), "sum") > 0).sum()
         ce = cross_entropy(rearrange(log_p, "(v b) k -> v b k", b=len(targets)), q)
         memax, ent = me_max(log_p, log_prior, all_reduce), entropy(log_p)
         total = ce + memax_weight * memax + entropy_weight * ent
-        return MSNLoss(total, ce, memax, ent, q, used, reduce(q, "b k -> b", "max").mean(),
-                       reduce(q, "b k -> b", "min").mean())
+        return MSNLoss(total, ce, memax, ent, q, used, q.amax(dim=-1).mean(), q.amin(dim=-1).mean())
 
 
 # ---- Pretraining: anchor encoder, target encoder and prototypes ------------------------------------------------------
-
-class ProjectionHead(nn.Module):
-    """Three linear layers; thrown away after pretraining (paper, Appendix A.1). d -> hidden -> hidden -> e.
-
-    Departure: the paper puts batch norm "at the input and hidden layers"; the released code, and so we, after the two
-    hidden layers only.
-    """
-
+class ProjectionHead(nn.Sequential):
+    """Three linear layers, rows d -> rows e; thrown away after pretraining (paper, Appendix A.1). Departure: the paper
+    puts batch norm "at the input and hidden layers"; the released code, and so we, after the two hidden layers only."""
     def __init__(self, width: int, hidden_dim: int, output_dim: int):
         super().__init__()
-        self.fc1, self.bn1 = nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim)
-        self.fc2, self.bn2 = nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim)
+        self.fc1, self.bn1, self.gelu1 = nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()
+        self.fc2, self.bn2, self.gelu2 = nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()
         self.fc3 = nn.Linear(hidden_dim, output_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: rows d -> rows e."""
-        x = F.gelu(self.bn1(self.fc1(x)))
-        return self.fc3(F.gelu(self.bn2(self.fc2(x))))
 
 
 class MSNEncoder(ViTMSNModel):
     """f_theta: the backbone with the projection head, from views to the vectors that are compared with prototypes."""
-
     def __init__(self, config: ViTMSNConfig, hidden_dim: int, output_dim: int):
         super().__init__(config)
         self.fc = ProjectionHead(config.hidden_size, hidden_dim, output_dim)
-        self._init_as_published(config.initializer_range)
-
-    def _init_as_published(self, std: float) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                # Departure: cut at two standard deviations. Officially at +-2, a hundred of them: never.
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        std = config.initializer_range
+        # Departure: cut at two standard deviations. Officially at +-2, a hundred of them: never.
+        init_linear_layers(self, partial(nn.init.trunc_normal_, std=std, a=-2 * std, b=2 * std))
         nn.init.kaiming_normal_(self.patch_embed.weight)
         nn.init.normal_(self.cls_token, std=std)
         nn.init.normal_(self.pos_embed, std=std)
 
     def forward(self, views: list[Tensor], patches_to_keep: list[Tensor | None]) -> Tensor:
         """views: v tensors b c height width of any sizes, patches_to_keep: b kept or None for each -> v b e.
-
-        Views of one size and kept count go through together, so batch norm has its statistics per resolution.
-        """
+        Views of one size and kept count go through together, so batch norm has its statistics per resolution."""
         groups: dict[tuple, list[int]] = {}
         for i, (view, keep) in enumerate(zip(views, patches_to_keep, strict=True)):
             groups.setdefault((view.shape, None if keep is None else keep.shape), []).append(i)
-        projections: list[Tensor] = [views[0]] * len(views)
+        projections: dict[int, Tensor] = {}
         for members in groups.values():
             keep = None if patches_to_keep[members[0]] is None else torch.cat([patches_to_keep[i] for i in members])
             state = self.class_token(torch.cat([views[i] for i in members]), keep, interpolate_pos_encoding=True)
-            for i, rows in zip(members, self.fc(self.norm(state)).chunk(len(members))):
-                projections[i] = rows
-        return torch.stack(projections)
+            projections.update(zip(members, self.fc(self.norm(state)).chunk(len(members)), strict=True))
+        return torch.stack([projections[i] for i in range(len(views))])
 
 
 @torch.no_grad()
@@ -764,45 +632,36 @@ def ema_update(target: list[Tensor], anchor: list[Tensor], momentum: float) -> N
 
 class ViTMSNForPreTraining(nn.Module):
     """Masked Siamese Network: anchor encoder and prototypes, which learn, and the target encoder, which follows.
-
-    `temperature` ... `label_smoothing` are those of msn_loss, `prior_exponent` is power_law_prior's (0: uniform);
-    `all_reduce` joins the processes of a distributed run.
-    """
-
-    def __init__(self, config: ViTMSNConfig, hidden_dim: int = 2048, output_dim: int = 256, num_prototypes: int = 1024, *,
-                 temperature: float = 0.1, sharpening: float = 0.25, sinkhorn_iterations: int = 3,
+    The options are those of msn_loss, but for `prior_exponent`, power_law_prior's (0: the uniform prior)."""
+    def __init__(self, config: ViTMSNConfig, hidden_dim: int = 2048, output_dim: int = 256, num_prototypes: int = 1024,
+                 *, temperature: float = 0.1, sharpening: float = 0.25, sinkhorn_iterations: int = 3,
                  memax_weight: float = 1.0, entropy_weight: float = 0.0, label_smoothing: float = 0.0,
                  prior_exponent: float = 0.0, all_reduce: AllReduce = one_process):
         super().__init__()
-        self.config = config
+        self.config, self.prior_exponent, bound = config, prior_exponent, output_dim**-0.5
         self.anchor_encoder = MSNEncoder(config, hidden_dim, output_dim)
-        bound = output_dim**-0.5
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, output_dim).uniform_(-bound, bound))
         self.target_encoder = copy.deepcopy(self.anchor_encoder).requires_grad_(False)
-        self.prior_exponent = prior_exponent
-        self.sharpening = sharpening
-        self.loss_options = {"temperature": temperature, "sinkhorn_iterations": sinkhorn_iterations,
-                             "memax_weight": memax_weight, "entropy_weight": entropy_weight,
-                             "label_smoothing": label_smoothing, "all_reduce": all_reduce}
+        self.loss_options = dict(temperature=temperature, sharpening=sharpening, all_reduce=all_reduce,
+                                 sinkhorn_iterations=sinkhorn_iterations, memax_weight=memax_weight,
+                                 entropy_weight=entropy_weight, label_smoothing=label_smoothing)
 
     def forward(self, target_view: Tensor, anchor_views: list[Tensor],
                 patches_to_keep: list[Tensor | None] | None = None, sharpening: float | None = None) -> MSNLoss:
         """target_view: b c height width; anchor_views: v tensors, each with its patches_to_keep (b kept) or None.
-
-        sharpening: this step's value, where it follows a schedule; else the one given at construction.
-        """
+        sharpening: this step's value, where it follows a schedule; else the one given at construction."""
         keep = [None] * len(anchor_views) if patches_to_keep is None else patches_to_keep
         if not anchor_views or len(keep) != len(anchor_views):
             raise ValueError(f"{len(anchor_views)} anchor views and {len(keep)} entries of patches_to_keep: give at "
                              "least one view, and None or indices for each.")
-        anchors = self.anchor_encoder(anchor_views, keep)
+        anchors = rearrange(self.anchor_encoder(anchor_views, keep), "v b e -> (v b) e")
         # In the published procedure the target encoder, too, is in training mode: batch statistics, and running
         # statistics of its own, which the moving average leaves alone. Only for this the module stays in train().
         with torch.no_grad():
-            targets = self.target_encoder([target_view], [None])
+            targets = self.target_encoder([target_view], [None])[0]
+        options = self.loss_options if sharpening is None else {**self.loss_options, "sharpening": sharpening}
         prior = power_law_prior(len(self.prototypes), self.prior_exponent) if self.prior_exponent else None
-        return msn_loss(rearrange(anchors, "v b e -> (v b) e"), targets[0], self.prototypes, log_prior=prior,
-                        sharpening=self.sharpening if sharpening is None else sharpening, **self.loss_options)
+        return msn_loss(anchors, targets, self.prototypes, log_prior=prior, **options)
 
     def update_target(self, momentum: float) -> None:
         """Move the target encoder's parameters (not its batch-norm buffers) towards the anchor encoder's."""
@@ -810,162 +669,124 @@ class ViTMSNForPreTraining(nn.Module):
 
     def load_pretrained(self, name_or_path: str | os.PathLike) -> list[str]:
         """Start both encoders from weights that from_pretrained reads: a backbone alone, or with projection head and
-        prototypes where the file has them in these shapes. Returns the names that stay new; positions are resampled."""
+        prototypes where they are there in these shapes. Positions are resampled. Returns the names that stay new."""
         _, weights = read_pretrained(name_or_path, self.config)
         own = self.anchor_encoder.state_dict()
-        if any(weights[name].shape != own[name].shape for name in weights.keys() & own.keys() if name.startswith("fc.")):
-            weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+        fits = all(weights[name].shape == own[name].shape for name in own.keys() & weights.keys() if name[:3] == "fc.")
+        weights = {name: value for name, value in weights.items() if fits or not name.startswith("fc.")}
         if "pos_embed" in weights and weights["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
             weights["pos_embed"] = interpolate_positions(weights["pos_embed"], (self.config.grid_size,) * 2)
         prototypes = weights.pop("prototypes", None)
         new = load_weights(self.anchor_encoder, weights, str(name_or_path), may_be_new=r"fc\.")
         self.target_encoder.load_state_dict(self.anchor_encoder.state_dict())
         if prototypes is None or prototypes.shape != self.prototypes.shape or new:
-            return new + ["prototypes"]  # prototypes mean nothing to another head
-        with torch.no_grad():
-            self.prototypes.copy_(prototypes)
+            return [*new, "prototypes"]  # prototypes mean nothing to another head
+        self.prototypes.data.copy_(prototypes)
         return new
 
 
 # ---- Reading and writing weights -------------------------------------------------------------------------------------
+def to_original(state: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
+    """An encoder's state dict as in the original release (vits16_800ep.pth.tar): patch_embed d (c p p) -> d c p p."""
+    p = math.isqrt(state["patch_embed.weight"].shape[1] // channels)
+    state = {name.replace("patch_embed.", "patch_embed.proj."): value for name, value in state.items()}
+    return {**state, "patch_embed.proj.weight": state["patch_embed.proj.weight"].unflatten(1, (channels, p, p))}
 
-# Our names are the original release's, but for patch_embed.proj. transformers has used two sets: {i} is the layer and {qkv}
-# stands for three tensors that we hold as one. Its classifiers have "vit." before them and `classifier` beside them;
-# transformers 5 writes "vit." before some names only, so it is taken off wherever it stands.
-TRANSFORMERS_NAMES = {  # ours: (in files, and in memory up to transformers 4; in memory since transformers 5)
-    "cls_token": ("embeddings.cls_token", "embeddings.cls_token"),
-    "mask_token": ("embeddings.mask_token", "embeddings.mask_token"),
-    "pos_embed": ("embeddings.position_embeddings", "embeddings.position_embeddings"),
-    "patch_embed.*": ("embeddings.patch_embeddings.projection.*", "embeddings.patch_embeddings.projection.*"),
+
+def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of to_original; a leading `module.` is taken off."""
+    state = {name.removeprefix("module.").replace("patch_embed.proj.", "patch_embed."): v for name, v in state.items()}
+    return {name: value.flatten(1) if name == "patch_embed.weight" else value for name, value in state.items()}
+
+
+# transformers has used two sets of names. {i}: the layer; {qkv}: three tensors that we hold as one. In its classifiers
+# "vit." precedes all but `classifier`, in files of transformers 5 only some; so it is taken off wherever it stands.
+TRANSFORMERS_NAMES = {  # original: (in files, and in memory up to transformers 4; in memory since transformers 5)
+    "cls_token": ("embeddings.cls_token",) * 2, "mask_token": ("embeddings.mask_token",) * 2,
+    "pos_embed": ("embeddings.position_embeddings",) * 2,
+    "patch_embed.proj.*": ("embeddings.patch_embeddings.projection.*",) * 2,
     "blocks.{i}.norm1.*": ("encoder.layer.{i}.layernorm_before.*", "layers.{i}.layernorm_before.*"),
     "blocks.{i}.attn.qkv.*": ("encoder.layer.{i}.attention.attention.{qkv}.*", "layers.{i}.attention.{qkv}.*"),
     "blocks.{i}.attn.proj.*": ("encoder.layer.{i}.attention.output.dense.*", "layers.{i}.attention.o_proj.*"),
     "blocks.{i}.norm2.*": ("encoder.layer.{i}.layernorm_after.*", "layers.{i}.layernorm_after.*"),
     "blocks.{i}.mlp.fc1.*": ("encoder.layer.{i}.intermediate.dense.*", "layers.{i}.mlp.fc1.*"),
     "blocks.{i}.mlp.fc2.*": ("encoder.layer.{i}.output.dense.*", "layers.{i}.mlp.fc2.*"),
-    "norm.*": ("layernorm.*", "layernorm.*"),
-    "classifier.*": ("classifier.*", "classifier.*"),
-}
+    "norm.*": ("layernorm.*",) * 2, "classifier.*": ("classifier.*",) * 2}
+WEIGHT_FILES = ("checkpoint.pt", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                "pytorch_model.bin.index.json")
 QKV_NAMES = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"))
 
 
-def name_pairs(style: int, layers: int):
-    """Each of our names with the one or three of transformers (style 0: files, 1: memory of transformers 5)."""
-    for ours, columns in TRANSFORMERS_NAMES.items():
-        for i in range(layers) if "{i}" in ours else (0,):
-            for kind in ("weight", "bias") if "*" in ours else ("",):
-                theirs = columns[style].replace("{i}", str(i)).replace("*", kind)
+def name_pairs(names, style: int):
+    """Original names with their one or three in transformers (style: the column above), for all layers in `names`."""
+    layers = dict.fromkeys(i for name in names for i in re.findall(r"\b(?:blocks|layers?)\.(\d+)\.", name))
+    for original, columns in TRANSFORMERS_NAMES.items():
+        for i in layers if "{i}" in original else ("",):
+            for kind in ("weight", "bias") if "*" in original else ("",):
+                theirs = columns[style].replace("{i}", i).replace("*", kind)
                 split = [theirs.replace("{qkv}", name) for name in QKV_NAMES[style]] if "{qkv}" in theirs else [theirs]
-                yield ours.replace("{i}", str(i)).replace("*", kind), split
-
-
-def count_layers(names) -> int:
-    """Number of transformer layers that parameter names speak of."""
-    return 1 + max((int(n[1]) for n in (re.search(r"(?:^|\.)(?:blocks|layers?)\.(\d{1,4})\.", k) for k in names) if n), default=-1)
+                yield original.replace("{i}", i).replace("*", kind), split
 
 
 def to_transformers(state: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
     """Our state dict under the names of transformers' files; a classifier's backbone under `vit.`."""
     prefix = "vit." if "vit.cls_token" in state else ""
-    state = {name.removeprefix("vit."): value for name, value in state.items()}
-    converted = {}
-    for ours, theirs in name_pairs(0, count_layers(state)):
-        if ours in state:
-            value = as_convolution(state[ours], channels) if ours == "patch_embed.weight" else state[ours]
-            for name, part in zip(theirs, value.chunk(len(theirs))):
+    state, converted = to_original({name.removeprefix("vit."): x for name, x in state.items()}, channels), {}
+    for original, theirs in name_pairs(state, 0):
+        if original in state:
+            for name, part in zip(theirs, state[original].chunk(len(theirs)), strict=True):
                 converted[name if name.startswith("classifier.") else prefix + name] = part.contiguous()
     return converted
 
 
 def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Any of the five layouts of transformers -> our names. Names that are not in the table stay as they are."""
-    state = {name.removeprefix("vit."): value for name, value in state.items()}
-    style = int(any(name.startswith("layers.") for name in state))
-    converted = {}
-    for ours, theirs in name_pairs(style, count_layers(state)):
+    state, converted = {name.removeprefix("vit."): value for name, value in state.items()}, {}
+    for original, theirs in name_pairs(state, style=int(any(name.startswith("layers.") for name in state))):
         if all(name in state for name in theirs):
-            converted[ours] = torch.cat([state.pop(name) for name in theirs])
-    if "patch_embed.weight" in converted:
-        converted["patch_embed.weight"] = converted["patch_embed.weight"].flatten(1)
-    return {**converted, **state}
-
-
-def as_convolution(weight: Tensor, channels: int) -> Tensor:
-    """The patch embedding as others hold it: d (c p p) -> d c p p."""
-    p = math.isqrt(weight.shape[1] // channels)
-    return rearrange(weight, "d (c p1 p2) -> d c p1 p2", c=channels, p1=p)
-
-
-def to_original(state: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
-    """An encoder's state dict under the names of the original release (vits16_800ep.pth.tar and others)."""
-    state = dict(state)
-    weight, bias = state.pop("patch_embed.weight"), state.pop("patch_embed.bias")
-    return {**state, "patch_embed.proj.weight": as_convolution(weight, channels), "patch_embed.proj.bias": bias}
-
-
-def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of to_original; a leading `module.` is taken off."""
-    state = {name.removeprefix("module.").replace("patch_embed.proj.", "patch_embed."): v for name, v in state.items()}
-    if "patch_embed.weight" in state:
-        state["patch_embed.weight"] = state["patch_embed.weight"].flatten(1)
-    return state
+            converted[original] = torch.cat([state.pop(name) for name in theirs])
+    return from_original({**converted, **state})
 
 
 def infer_config(state: dict[str, Tensor], values: dict) -> ViTMSNConfig:
     """The architecture from the shapes of an original file, whose heads are 64 wide unless `values` says otherwise."""
     try:
-        width, _, p, _ = state["patch_embed.proj.weight"].shape
-        sizes = {"hidden_size": width, "num_hidden_layers": count_layers(state), "patch_size": p,
-                 "num_channels": state["patch_embed.proj.weight"].shape[1],
-                 "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0],
-                 "image_size": p * math.isqrt(state["pos_embed"].shape[1] - 1),
-                 "qkv_bias": "blocks.0.attn.qkv.bias" in state, "num_attention_heads": max(width // 64, 1)}
+        width, channels, p, _ = state["patch_embed.proj.weight"].shape
+        sizes = {"hidden_size": width, "num_attention_heads": max(width // 64, 1), "num_channels": channels,
+                 "num_hidden_layers": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+                 "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0], "patch_size": p,
+                 "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+                 "image_size": p * math.isqrt(state["pos_embed"].shape[1] - 1)}
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(f"the encoder in it is no ViT of the original release ({error}).") from None
     return ViTMSNConfig.from_dict({**sizes, **values})
 
 
 def read_tensors(path: Path) -> dict:
-    """The content of a .safetensors file, or of a torch file by weights_only=True: nothing in it is ever executed.
-
-    Raises ValueError, naming the file, for anything that is damaged or is not plain tensors and values.
-    """
+    """The content of a .safetensors file, of a torch file by weights_only=True (nothing in it is ever executed), or of
+    all files that an .index.json names. Raises ValueError, naming the file, for what is damaged or not plain values."""
     try:
+        if path.name.endswith(".index.json"):
+            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            if outside := [name for name in shards if Path(name).name != name]:
+                raise ValueError(f"it names {outside[0]!r}, but only files beside the index are read")
+            return {name: value for shard in shards for name, value in read_tensors(path.parent / shard).items()}
         if path.suffix == ".safetensors":
-            try:
-                from safetensors.torch import load_file
-            except ImportError:
-                raise ImportError(f"{path} needs the safetensors package: pip install safetensors, or use "
-                                  "pytorch_model.bin.") from None
+            from safetensors.torch import load_file
             return load_file(path)
-        # A torch file is a zip with checksums, which torch.load does not look at.
-        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):  # torch.load checks no checksums
             raise ValueError(f"its record {bad} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
         return content
-    except (FileNotFoundError, ImportError, PermissionError):
+    except (FileNotFoundError, PermissionError):
         raise
+    except ImportError:
+        raise ImportError(f"{path} needs a package: pip install safetensors, or use pytorch_model.bin.") from None
     except Exception as error:  # parsers of damaged files raise every kind there is
-        raise ValueError(f"{path} can't be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}. "
-                         "It may be damaged, or hold more than tensors and plain values.") from error
-
-
-def read_sharded(index: Path) -> dict[str, Tensor]:
-    """All files that an index (model.safetensors.index.json) names; they must lie beside it."""
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in shards if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of weight files ({type(error).__name__}: {error}).") from None
-    if outside:
-        raise ValueError(f"{index} names {outside[0]!r}; only files beside the index are read.")
-    return {name: value for shard in shards for name, value in read_tensors(index.parent / shard).items()}
-
-
-WEIGHT_FILES = ("checkpoint.pt", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                "pytorch_model.bin.index.json")
+        raise ValueError(f"{path} can't be read: {(str(error) or type(error).__name__).splitlines()[0]}. It may be "
+                         "damaged, or hold more than tensors and plain values.") from error
 
 
 def local_folder(name_or_path: str | os.PathLike) -> Path:
@@ -977,13 +798,12 @@ def local_folder(name_or_path: str | os.PathLike) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ImportError(f"{name_or_path} is no local path, and to fetch it from the hub takes the huggingface_hub "
-                          "package. Or download config.json and model.safetensors (or pytorch_model.bin) of that "
-                          "model into a folder, and pass the folder.") from None
+        raise ImportError(f"{name_or_path} is no local path: pip install huggingface_hub to fetch it, or put its "
+                          "config.json and model.safetensors (or pytorch_model.bin) into a folder.") from None
     return Path(snapshot_download(str(name_or_path), allow_patterns=["config.json", *WEIGHT_FILES, "*.safetensors"]))
 
 
-def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None) -> tuple[ViTMSNConfig, dict[str, Tensor]]:
+def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None) -> tuple[ViTMSNConfig, dict]:
     """Configuration and weights, under our names, of whatever from_pretrained takes."""
     path = Path(name_or_path)
     if not path.is_file():
@@ -991,44 +811,40 @@ def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None
         path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
         if path is None:
             raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}.")
-    content = read_sharded(path) if path.name.endswith(".index.json") else read_tensors(path)
-    if isinstance(content.get("target_encoder"), dict):
-        state = {str(name).removeprefix("module."): value for name, value in content["target_encoder"].items()}
-        config = config or infer_config(state, content.get("model_config", {}))
-        state = from_original({**state, **({"prototypes": content["prototypes"]} if "prototypes" in content else {})})
-    else:
+    content = read_tensors(path)
+    if not isinstance(content.get("target_encoder"), dict):
         config = config or ViTMSNConfig.from_pretrained(path.parent)
-        state = from_transformers({str(name): value for name, value in content.items()})
-    return config, state
+        return config, from_transformers({str(name): value for name, value in content.items()})
+    state = {str(name).removeprefix("module."): value for name, value in content["target_encoder"].items()}
+    config = config or infer_config(state, content.get("model_config", {}))
+    state |= {"prototypes": content["prototypes"]} if "prototypes" in content else {}
+    return config, from_original(state)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, ignore_mismatched_sizes: bool = False,
                  may_be_new: str = r"mask_token|classifier\.") -> list[str]:
     """Copy weights (our names, no `vit.`) into the model; what is new is announced and returned.
-
-    Raises ValueError naming what is missing, of another shape, or not finite; warns of what the model has no use for.
-    """
+    Raises ValueError naming what is missing, wrongly shaped or not finite; warns of what the model has no use for."""
     own = {name.removeprefix("vit."): value for name, value in model.state_dict().items()}
     found = {name: value for name, value in weights.items() if name in own}
-    wrong = [name for name, value in found.items() if not isinstance(value, Tensor) or value.shape != own[name].shape]
-    missing = [name for name in own if name not in found and not re.match(may_be_new, name)]
+    wrong = {name: f"{name} {tuple(getattr(value, 'shape', ()))} instead of {tuple(own[name].shape)}"
+             for name, value in found.items() if getattr(value, "shape", None) != own[name].shape}
+    new = [name for name in own if name not in found or name in wrong]
+    missing = [name for name in new if name not in wrong and not re.match(may_be_new, name)]
     not_finite = [name for name, value in found.items() if name not in wrong and not torch.isfinite(value).all()]
-    shapes = [f"{name} {tuple(getattr(found[name], 'shape', ()))} instead of {tuple(own[name].shape)}" for name in wrong]
-    if wrong and not ignore_mismatched_sizes:
-        raise ValueError(f"{source}: wrongly shaped: {', '.join(shapes)}. Use the matching config, or pass "
-                         "ignore_mismatched_sizes=True to draw these anew.")
-    for problem, names in (("missing", missing), ("not finite", not_finite)):
+    refused = [] if ignore_mismatched_sizes else list(wrong.values())
+    for problem, names, advice in (("missing", missing, ""), ("not finite", not_finite, ""), (
+            "wrongly shaped", refused, " Use the matching config, or ignore_mismatched_sizes=True to draw them anew.")):
         if names:
             raise ValueError(f"{source}: {len(names)} weights are {problem}: {', '.join(names[:8])}"
-                             f"{' ...' if len(names) > 8 else ''}.")
-    new = [name for name in own if name not in found or name in wrong]
-    unexpected = [name for name in weights if name not in own and not re.match(r"fc\.|prototypes|classifier\.|mask_token", name)]
+                             f"{' ...' if len(names) > 8 else ''}.{advice}")
+    unexpected = [name for name in weights if name not in own
+                  and not re.match(r"fc\.|prototypes|classifier\.|mask_token", name)]
     for problem, names in (("new, drawn at random", new), ("not used", unexpected)):
         if names:
             warnings.warn(f"{source}: {problem}: {', '.join(names)}", stacklevel=3)
-    with torch.no_grad():
-        for name in found.keys() - set(wrong):
-            own[name].copy_(found[name])
+    for name in found.keys() - wrong.keys():
+        own[name].copy_(found[name].detach())
     return new
 
 
@@ -1042,13 +858,11 @@ def write_file(path: Path, content: bytes | Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 # ---- Preprocessing ---------------------------------------------------------------------------------------------------
-
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -1070,23 +884,17 @@ def normalize(pixels: Tensor) -> Tensor:
 
 def preprocess(images, config: ViTMSNConfig, protocol: str = "squash") -> Tensor:
     """PIL images (one or a list) -> pixel_values b c image_size image_size, bilinear, ImageNet mean and deviation.
-
     protocol "squash" is the published processor's (transformers): resized without regard to the aspect ratio;
-    "center-crop" the paper's evaluation: shorter side to 256/224 of the size, then the middle.
-    """
-    if protocol not in ("squash", "center-crop"):
-        raise ValueError(f"protocol={protocol!r} is not known; use 'squash' or 'center-crop'.")
-    size, rows = config.image_size, []
-    for image in [images] if isinstance(images, Image.Image) else images:
+    "center-crop" the paper's evaluation: shorter side to 256/224 of the size, then the middle."""
+    images, size = [images] if isinstance(images, Image.Image) else list(images), config.image_size
+    if protocol not in ("squash", "center-crop") or not images:
+        raise ValueError(f"{len(images)} images, protocol={protocol!r}: pass at least one, 'squash' or 'center-crop'.")
+    rows = []
+    for image in images:
         image = to_rgb(image, config.num_channels)
-        if protocol == "squash":
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        else:
-            scale = size * 256 / 224 / min(image.size)
-            width, height = (max(size, round(side * scale)) for side in image.size)
-            left, top = (width - size) // 2, (height - size) // 2
-            image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+        scale = size * 256 / 224 / min(image.size)
+        width, height = (size if protocol == "squash" else max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
         rows.append(torch.from_numpy(np.array(image)).reshape(size, size, -1).permute(2, 0, 1))
-    if not rows:
-        raise ValueError("there is no image to preprocess; pass at least one.")
     return normalize(torch.stack(rows).float() / 255)

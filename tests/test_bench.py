@@ -1,0 +1,104 @@
+"""bench.py: each suite runs on a tiny model and writes what it promises; FLOPs are those that torch counts."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from common import randn, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from train_msn import Processes, make_config, run_program
+from vitmsn import ViTMSNForImageClassification, ViTMSNModel
+
+TINY = ("--hidden-size 24 --num-hidden-layers 2 --num-attention-heads 3 --patch-size 8 --image-size 32 --threads 1 "
+        "--repeats 2 --device cpu").split()
+TRAINING = "--batch-size 4 --focal-size 16 --focal-views 2 --head-hidden-size 16 --num-prototypes 8".split()
+
+
+def run(tmp_path, capsys, *argv: str) -> tuple[list[dict], str]:
+    path = tmp_path / "out.json"
+    assert run_program(bench.main, [*argv, *TINY, "--json", str(path)]) == 0, capsys.readouterr().err
+    content, printed = json.loads(path.read_text()), capsys.readouterr().out
+    machine = content["machine"]
+    assert all(str(machine[name]) in printed.splitlines()[0] for name in ("machine", "threads", "torch"))
+    assert printed.count("\n| ") == 2 + len(content["rows"])  # names, dashes, rows
+    return content["rows"], printed
+
+
+def assert_timed(result: dict) -> None:
+    assert 0 < result["low"] <= result["median"] <= result["high"]
+
+
+def test_without_a_suite_it_prints_the_documented_table(tmp_path, capsys):
+    rows, _ = run(tmp_path, capsys)
+    assert [(row["precision"], row["batch"]) for row in rows] == [("float32", b) for b in (1, 2, 4, 8)]
+    for row in rows:
+        assert_timed(row["eager"]), assert_timed(row["sdpa"])
+        assert row["eager / sdpa"] == row["eager"]["median"] / row["sdpa"]["median"] and 0 < row["sdpa, of peak"] < 1
+
+
+def test_inference_is_set_beside_transformers_in_the_same_run(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    rows, _ = run(tmp_path, capsys, "inference", "--against", "transformers", "--attn", "sdpa", "--batch-sizes", "2",
+                  "--head", "classifier", "--precision", "float32", "bfloat16")
+    assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
+    assert all(row["sdpa, transformers / ours"] > 0 for row in rows)
+
+
+def test_train_shows_the_whole_step_its_memory_and_its_parts(tmp_path, capsys):
+    rows, _ = run(tmp_path, capsys, "train", *TRAINING, "--attn", "eager", "sdpa", "--mask-ratio", "0.5",
+                  "--precision", "float32")
+    assert [row["attention"] for row in rows] == ["eager", "sdpa"]
+    for row in rows:
+        assert_timed(row["step"])
+        assert row["step"]["memory"] > 50 and row["images/s"] == 4 / row["step"]["median"] and row["of peak"] > 0
+        shares = [row[name] for name in ("views", "forward", "backward", "optimizer", "EMA", "rest")]
+        assert min(shares) > 0 and sum(shares) == pytest.approx(1)
+
+
+def test_masking_pays_only_for_the_patches_that_are_kept(tmp_path, capsys):
+    rows, _ = run(tmp_path, capsys, "masking", *TRAINING, "--no-memory")
+    assert [row["mask ratio"] for row in rows] == [i / 10 for i in range(10)]
+    work = [row["GFLOP"] for row in rows]
+    assert work == sorted(work, reverse=True) and work[0] > work[-1]
+
+
+def test_views_are_set_beside_pillow_s(tmp_path, capsys):
+    (row,), _ = run(tmp_path, capsys, "views", *TRAINING, "--blur", "1", "--source-size", "40", "50")
+    assert_timed(row["ours"]), assert_timed(row["Pillow"])
+    assert row["views"] == 4 and row["source"] == "40x50" and row["Pillow / ours"] > 0
+
+
+def test_growth_doubles_one_thing_at_a_time(tmp_path, capsys):
+    rows, _ = run(tmp_path, capsys, "growth", *TRAINING, "--no-memory", "--doublings", "1")
+    assert [(row["growing"], row["value"]) for row in rows] == [
+        ("image_size", 32), ("image_size", 64), ("image_size", 32), ("image_size", 64), ("num_prototypes", 8),
+        ("num_prototypes", 16), ("focal_views", 2), ("focal_views", 4)]
+
+
+def test_a_wrong_request_is_one_line(capsys):
+    assert run_program(bench.main, ["train", "--recipe", "demo", "--threads", "0"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("model_class", [ViTMSNModel, ViTMSNForImageClassification])
+def test_forward_flops_are_those_torch_counts(model_class):
+    config = tiny_config(attn_implementation="eager", num_labels=0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model_class(config)(randn(3, 3, 32, 32))
+    assert counter.get_total_flops() == 3 * bench.forward_flops(config, 16, model_class is not ViTMSNModel)
+
+
+def test_step_flops_are_those_torch_counts_but_for_the_positions_and_the_views():
+    config = replace(make_config({"batch_size": 4}), precision="float32", mask_ratio=0.5)
+    new_input, step = bench.step_case(config, "eager", [32, 32], torch.device("cpu"))
+    model, _, pictures = new_input()
+    model.target_encoder.set_attn_implementation("eager")
+    views, _ = bench.views_case(config, [32, 32], torch.device("cpu"))
+    with FlopCounterMode(display=False) as only_views:
+        bench.make_views(pictures, config, 0, Processes(0, 1, torch.device("cpu")).rows(4))
+    with FlopCounterMode(display=False) as counter:
+        step(new_input())
+    counted = counter.get_total_flops() - only_views.get_total_flops()
+    assert bench.step_flops(config) == pytest.approx(counted, rel=0.01)

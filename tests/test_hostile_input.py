@@ -1,0 +1,360 @@
+"""Whatever is typed or found in a file: one clear line, exit status 2 for bad usage and 1 for failure, or a clean error."""
+import importlib
+import io
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from runs import ROOT, TINY, make_pictures
+from test_data import python2_batch, some_images
+
+import train_msn
+from train_msn import UsageError, make_config, run_program
+from vitmsn import ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, read_sharded
+
+# -- bad command lines -------------------------------------------------------------------------------------------------
+
+OWN_ROWS = [  # program, flags, exit status, what the line says; capitals stand for the paths of the fixture `places`
+    ("train_msn", "--nonsense 1", 2, "--nonsense"), ("train_msn", "picture.jpg", 2, "picture.jpg"),
+    ("train_msn", "--seed", 2, "expected one argument"), ("train_msn", "--recipe demu", 2, "demo, cifar10, imagenette"),
+    ("train_msn", "--image-size 30", 2, "no whole number of patches of 4; use 28 or 32"),
+    ("train_msn", "--focal-size 15", 2, "use 12 or 16"), ("train_msn", "--patch-size 64", 2, "patches of 64"),
+    ("train_msn", "--random-views 0 --focal-views 0", 2, "at least one anchor view"),
+    ("train_msn", "--num-attention-heads 5", 2, "num_attention_heads=5"),
+    ("train_msn", "--mask-ratio 0.995", 2, "leaves none"), ("train_msn", "--crop-scale 0.8 0.2", 2, "crop_scale"),
+    ("train_msn", "--blur-sigma 1", 2, "expected 2 arguments"), ("train_msn", "--device cuda", 2, "no CUDA device"),
+    ("train_msn", "--data nowhere", 2, "nowhere is no folder"), ("train_msn", "--data FILE", 2, "is no folder"),
+    ("train_msn", "--data EMPTY", 2, "holds no image"), ("train_msn", "--batch-size 400", 2, "fewer than batch_size=400"),
+    ("train_msn", "--output-dir FILE", 1, "notes.txt"), ("train_msn", "--output-dir FILE/run", 1, "notes.txt"),
+    ("train_msn", "--init-from nowhere", 1, "nowhere is neither a file nor a folder"),
+    ("train_msn", "--init-from FILE", 1, "notes.txt can't be read"), ("train_msn", "--init-from EMPTY", 1, "holds none of"),
+    ("train_msn", "--init-from OTHER", 1, "wrongly shaped"), ("train_msn", "--output-dir BROKEN --resume", 1, "can be read"),
+    ("finetune", "--nonsense 1", 2, "--nonsense"), ("finetune", "--device cuda --checkpoint OTHER --data DATA", 2, "CUDA"),
+    ("bench", "nonsense", 2, "nonsense"), ("bench", "--threads 0", 2, "at least 1"), ("bench", "--device cuda", 2, "GPU"),
+    ("bench", "--repeats none", 2, "--repeats"), ("bench", "--preset huge-1", 2, "huge-1"),
+    ("bench", "train --threads 1 --lr -1", 2, "lr=-1.0"), ("bench", "--batch-sizes 0 --threads 1", 2, "batch-sizes"),
+    ("bench", "train --threads 1 --hidden-size 10 --num-attention-heads 3", 2, "num_attention_heads=3"),
+]
+
+
+def field_rows(program: str, config_class: type):
+    """Every field out of its range on both sides, of a wrong kind, not among its choices."""
+    for f in fields(config_class):
+        flag, limits = "--" + f.name.replace("_", "-"), f.metadata.get("range")
+        if "choices" in f.metadata or f.type is bool:
+            yield program, f"{flag}=nonsense", 2, flag
+        elif limits:
+            unit, name = 1 if f.type is int else limits[1] / 10 + 1e-6, f.name
+            values = [limits[0] - unit, limits[1] + unit, *(["nan", "inf"] if f.type is not int else [])]
+            pair = f" {limits[1]}" if f.type is tuple else ""
+            yield from ((program, f"{flag}{' ' if pair else '='}{value}{pair}", 2, f"{name}=") for value in values)
+            yield program, f"{flag} x{pair}", 2, flag
+
+
+def module_of(program: str):
+    """The program, if it is there."""
+    return importlib.import_module(program) if (ROOT / f"{program}.py").is_file() else None
+
+
+CONFIGS = {"train_msn": train_msn.TrainConfig} | ({"finetune": module_of("finetune").FinetuneConfig} if module_of("finetune") else {})
+ROWS = [*OWN_ROWS, *(row for program, config_class in CONFIGS.items() for row in field_rows(program, config_class))]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """What the capitals in the table stand for."""
+    folder = tmp_path_factory.mktemp("places")
+    (folder / "notes.txt").write_text("neither a folder nor a checkpoint")
+    for name in ("empty", "broken"):
+        (folder / name).mkdir()
+    (folder / "broken" / "checkpoint.pt").write_bytes(b"cut off")
+    config = ViTMSNConfig(8, 1, 1, 8, image_size=16, patch_size=8)
+    ViTMSNModel(config).save_pretrained(folder / "other")
+    return {"FILE": folder / "notes.txt", "EMPTY": folder / "empty", "OTHER": folder / "other",
+            "BROKEN": folder / "broken", "DATA": make_pictures(folder / "data")}
+
+
+def complaint(main, arguments: list[str], capsys) -> tuple[int, str]:
+    """Exit status, and the one line that says what was wrong (argparse puts a line of usage before it)."""
+    try:
+        status = run_program(main, arguments)
+    except SystemExit as stop:
+        status = stop.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    last = lines.pop()
+    assert "error: " in last and len(last) < 500
+    assert all(line.startswith("usage: ") or "Trying the checkpoint before it" in line for line in lines) and len(lines) < 2
+    return status, last
+
+
+@pytest.mark.parametrize("program, flags, status, says", ROWS, ids=[f"{row[0]} {row[1]}" for row in ROWS])
+def test_a_bad_command_line_is_one_clear_line(program, flags, status, says, places, tmp_path, monkeypatch, capsys):
+    if (module := module_of(program)) is None:
+        pytest.skip(f"there is no {program}.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = [str(places.get(part.split("/")[0], part)) + part[len(part.split("/")[0]):] * (part.split("/")[0] in places)
+             for part in flags.split()]
+    own = [*TINY, "--data", str(places["DATA"])] if program == "train_msn" else []
+    seen_status, line = complaint(module.main, [*own, *given], capsys)
+    assert (seen_status, says in line) == (status, True), line
+    assert not list(tmp_path.rglob("*"))  # nothing was begun
+
+
+@pytest.mark.parametrize("value", [None, "1", b"1", 1 + 1j, [1, 2, 3], {}, (), float("nan"), True, "x", 10**30, -1, torch.ones(2)])
+@pytest.mark.parametrize("name", [f.name for f in fields(train_msn.TrainConfig)])
+def test_settings_of_a_wrong_kind_are_named(name, value):
+    kind = next(f.type for f in fields(train_msn.TrainConfig) if f.name == name)
+    if kind is str and isinstance(value, str) and name != "recipe" or kind is bool and value is True:
+        pytest.skip("a value like others")
+    with pytest.raises(UsageError, match=name):
+        make_config({name: value}) if name != "recipe" else train_msn.TrainConfig(recipe=value) and make_config({name: value})
+
+
+def test_debug_gives_the_traceback_and_a_program_its_exit_status():
+    with pytest.raises(UsageError, match="epochs=0"):
+        run_program(train_msn.main, ["--epochs", "0", "--debug"])
+    done = subprocess.run([sys.executable, ROOT / "train_msn.py", "--epochs", "0"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1 and "epochs=0" in done.stderr
+
+
+@pytest.mark.parametrize("environment, says", [
+    ({"RANK": "1"}, ""), ({"RANK": "0"}, ""), ({"RANK": "0", "TAKEN": "1"}, "in use"), ({"RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR"),
+    ({"RANK": "0", "MASTER_PORT": "no"}, "no"), ({"RANK": "none"}, "none"), ({"WORLD_SIZE": "two"}, "two"), ({"RANK": "7"}, "7")])
+def test_processes_that_cannot_join_are_an_error_and_never_run_alone(environment, says, places, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_msn, "JOIN_TIMEOUT", timedelta(seconds=1))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        if "TAKEN" in environment:
+            taken.listen()
+        else:
+            taken.close()
+        for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}.items():
+            monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+        try:
+            status = run_program(train_msn.main, [*TINY, "--data", str(places["DATA"]), "--output-dir", str(tmp_path / "run")])
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    assert status in (1, 2) and not (tmp_path / "run").exists()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and says in line, line
+
+
+# -- arbitrary content of files ----------------------------------------------------------------------------------------
+
+def build():
+    """A tiny run's model and optimizer."""
+    config = make_config({"image_size": 8, "patch_size": 4, "focal_size": 4, "hidden_size": 8, "num_hidden_layers": 1,
+                          "num_attention_heads": 1, "head_hidden_size": 6, "output_dim": 4, "num_prototypes": 3})
+    model = train_msn.build_model(config, train_msn.Processes(0, 1, torch.device("cpu")))
+    return config, model, train_msn.make_optimizer(model, config)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One valid file of every kind: name -> content."""
+    folder = tmp_path_factory.mktemp("whole")
+    config, model, optimizer = build()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    train_msn.save_checkpoint(folder, model, optimizer, config, 3, 1.0)
+    for suffix in ("png", "jpg", "gif", "tif", "webp", "bmp"):
+        Image.effect_noise((9, 7), 80).convert("RGB").save(folder / f"picture.{suffix}")
+    ViTMSNForImageClassification(config.model_config()).save_pretrained(folder)
+    (folder / "batch").write_bytes(python2_batch(*some_images(2)))
+    torch.save({"a": torch.ones(3)}, folder / "old.bin", _use_new_zipfile_serialization=False)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def edit(content: bytes, changes: list, end: int | None) -> bytes:
+    for at, removed, new in changes:
+        content = content[:at] + new + content[at + removed:]
+    return content[:end]
+
+
+def mutated(content: bytes):
+    """Cut, overwritten in a few places, or with a piece put in."""
+    place = st.integers(0, len(content) - 1)
+    changes = st.lists(st.tuples(place, st.integers(0, 2), st.binary(max_size=8)), max_size=4)
+    return st.builds(edit, st.just(content), changes, place | st.none())
+
+
+TENSORS = st.builds(lambda shape, dtype, value: torch.full(shape, value, dtype=torch.float32).to(dtype),
+                    st.lists(st.integers(0, 9), max_size=4), st.sampled_from([torch.float32, torch.float64, torch.int64]),
+                    st.sampled_from([0.0, 1.0, float("nan"), float("inf")]))
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(
+    [[], {}, [1], {"a": 1}, [[]], 10**400, -1, 0, "../x", "\ud800"]))
+
+
+def paths_in(value, path: tuple = ()) -> list[tuple]:
+    """Every place in a nested dict."""
+    inner = [p for key, v in value.items() for p in paths_in(v, (*path, key))] if isinstance(value, dict) else []
+    return [path, *inner] if path else inner
+
+
+def replaced(content: dict, path: tuple, action: int, value) -> dict:
+    """The dict with another value at a place (0), without it (1), or with one more beside it (2)."""
+    content = dict(content)
+    if len(path) > 1:
+        content[path[0]] = replaced(content[path[0]], path[1:], action, value)
+    elif action == 1:
+        del content[path[0]]
+    else:
+        content[path[0] if action == 0 else f"{path[0]}.more"] = value
+    return content
+
+
+def changes(content: dict, values=VALUES):
+    """One thing in it to change: arguments for replaced."""
+    return st.tuples(st.sampled_from(paths_in(content)), st.integers(0, 2), values)
+
+
+def load_image_file(content: bytes, folder: Path):
+    (folder / "picture.png").write_bytes(content)
+    Image.new("RGB", (2, 2)).save(folder / "good.png")
+    files = train_msn.ImageFiles([folder / "good.png"], 16, 0)
+    files.paths.append(folder / "picture.png")
+    batch = files.__getitems__([1])
+    assert batch.images.dtype == torch.uint8 and batch.indices == [not batch.unreadable]
+
+
+def load_config(content: bytes, folder: Path):
+    (folder / "config.json").write_bytes(content)
+    config = ViTMSNConfig.from_pretrained(folder)
+    assert ViTMSNConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def load_index(content: bytes, folder: Path):
+    (folder / "model.safetensors.index.json").write_bytes(content)
+    read_sharded(folder / "model.safetensors.index.json")
+
+
+def load_cifar(content: bytes, folder: Path):
+    (folder / "batch").write_bytes(content)
+    images, labels = train_msn.read_cifar_batch(folder / "batch")
+    assert images.shape == (len(labels), 3, 32, 32) and labels.dtype == torch.int64 and 0 <= labels.min() <= labels.max() < 10
+
+
+def load_weights(content: bytes | dict, folder: Path):
+    """By everything that takes a file of weights; what is taken is finite and of the right shape."""
+    (folder / "config.json").write_text(json.dumps(build()[0].model_config().to_dict()))
+    for name in ("checkpoint.pt", "pytorch_model.bin"):
+        torch.save(content, folder / name) if isinstance(content, dict) else (folder / name).write_bytes(content)
+    config, model, optimizer = build()
+    errors = 0
+    for load in (lambda: ViTMSNModel.from_pretrained(folder / "checkpoint.pt"),
+                 lambda: ViTMSNForImageClassification.from_pretrained(folder / "pytorch_model.bin", num_labels=3),
+                 lambda: model.load_pretrained(folder / "checkpoint.pt"),
+                 lambda: train_msn.restore(train_msn.settle({"output_dir": str(folder), "resume": True}, folder)[1], model, optimizer)):
+        try:
+            loaded = load()
+        except (ValueError, OSError):
+            errors += 1
+            continue
+        for module in (loaded, model):
+            if isinstance(module, torch.nn.Module):
+                assert all(torch.isfinite(p).all() for p in module.parameters())
+    for parameter in model.parameters() if errors < 4 else ():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # what was taken for its state is one
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    if errors:
+        raise ValueError(f"{errors} refused it")
+
+
+def load_list(content: bytes, folder: Path):
+    finetune = module_of("finetune") or pytest.skip("there is no finetune.py")
+    (folder / "list.txt").write_bytes(content)
+    Image.new("RGB", (2, 2)).save(folder / "good.png")
+    finetune.read_label_list(folder / "list.txt", train_msn.ImageFiles([folder / "good.png"], 16, 0))
+
+
+def targets(whole: dict) -> dict:
+    """What is tried: name -> (contents, what reads them)."""
+    pictures = st.sampled_from([v for name, v in whole.items() if name.startswith("picture")])
+    checkpoint = torch.load(io.BytesIO(whole["checkpoint.pt"]), weights_only=True)
+    config, index = json.loads(whole["config.json"]), {"metadata": {}, "weight_map": {"cls_token": "a.bin", "norm.bias": "b.bin"}}
+    as_json = (changes(config).map(lambda change: replaced(config, *change)) | VALUES).map(lambda v: json.dumps(v).encode())
+    index_json = (changes(index).map(lambda change: replaced(index, *change)) | VALUES).map(lambda v: json.dumps(v).encode())
+    return {
+        "image": (st.binary(max_size=64) | pictures.flatmap(mutated), load_image_file),
+        "config.json": (st.binary(max_size=64) | mutated(whole["config.json"]) | as_json, load_config),
+        "index": (st.binary(max_size=64) | index_json, load_index),
+        "CIFAR batch": (st.binary(max_size=64) | mutated(whole["batch"]), load_cifar),
+        "label list": (st.binary(max_size=64) | st.text().map(lambda t: t.encode("utf-16")), load_list),
+        "file of weights": (st.binary(max_size=64) | mutated(whole["checkpoint.pt"]) | mutated(whole["old.bin"]), load_weights),
+        "checkpoint": (changes(checkpoint, VALUES | TENSORS),
+                       lambda change, folder: load_weights(replaced(checkpoint, *change), folder))}
+
+
+KINDS = ("image", "config.json", "index", "CIFAR batch", "label list", "file of weights", "checkpoint")
+
+
+def tried(kind: str, whole: dict, folder: Path, examples: int) -> tuple[int, int]:
+    """Try so many contents -> how many, and how many of them were refused. Anything but a clean error fails."""
+    contents, load = targets(whole)[kind]
+    counts = [0, 0]
+
+    @settings(max_examples=examples, phases=[Phase.generate])  # to shrink takes minutes
+    @given(contents)
+    def trial(content):
+        counts[0] += 1
+        try:
+            load(content, folder)
+        except (ValueError, OSError) as error:  # UsageError is a ValueError
+            counts[1] += 1
+            assert str(error)
+
+    trial()
+    return counts[0], counts[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_content_of_a_file_is_read_or_refused_by_a_clean_error(kind, whole, tmp_path):
+    tried(kind, whole, tmp_path, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_thousand_malformed_inputs(whole, tmp_path, capsys):
+    total = refused = 0
+    for kind in KINDS:
+        number, bad = tried(kind, whole, tmp_path, 400)
+        total, refused = total + number, refused + bad
+        with capsys.disabled():
+            print(f"{kind}: {number} inputs tried, {bad} refused, the others read")
+    with capsys.disabled():
+        print(f"{total} malformed inputs tried, {refused} refused by a clean error, none in another way")
+    assert total >= 2000 and refused > total / 2
+
+
+@pytest.mark.parametrize("path, value, says", [
+    ("prototypes", torch.zeros(1, 4), "prototypes"), ("prototypes", torch.tensor(0.0), "prototypes"),
+    ("prototypes", torch.full((3, 4), float("nan")), "not finite"), ("encoder/norm.bias", None, "norm.bias"),
+    ("encoder/norm.bias", torch.full((8,), float("inf")), "not finite"), ("encoder/norm.bias", torch.zeros(9), "norm.bias"),
+    ("target_encoder/norm.more", torch.zeros(8), "norm.more"), ("encoder", {}, "Missing"), ("optimizer", {}, "fit"),
+    ("optimizer/state/0/exp_avg", torch.zeros(1, 2), "exp_avg"), ("optimizer/state/0/exp_avg", "x", "fit these settings"),
+    ("optimizer/state/0/exp_avg_sq", torch.full((1, 1, 8), float("nan")), "not finite"), ("step", "3", "step"),
+    ("step", None, "step"), ("elapsed", None, "elapsed"), ("config", [1], "config"), ("config/lr", "much", "lr"),
+    ("config/hidden_size", 16, "size mismatch")])
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(path, value, says, whole, places, tmp_path, capsys):
+    content = torch.load(io.BytesIO(whole["checkpoint.pt"]), weights_only=True)
+    keys = tuple(int(key) if key.isdigit() else key for key in path.split("/"))
+    content["config"] |= {"data": str(places["DATA"]), "batch_size": 6}
+    torch.save(replaced(content, keys, int(value is None), value), tmp_path / "checkpoint.pt")
+    status = run_program(train_msn.main, ["--output-dir", str(tmp_path), "--resume"])
+    printed = capsys.readouterr().err
+    assert status in (1, 2) and says in printed and "Traceback" not in printed
