@@ -10,16 +10,13 @@ Every suite takes the flags of train_msn.py; --preset is the recipe of that name
 """
 import argparse
 import json
-import math
 import os
 import re
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -78,7 +75,7 @@ def peak_memory(threads: int, device: torch.device, make, *arguments) -> int:
 
 def matmul_peak(precision: str, args: argparse.Namespace) -> float:
     """The best FLOP/s of a large square matrix product."""
-    side = 8192 if args.device.type == "cuda" else 2048
+    side = 8192 if args.device.type == "cuda" else 1024
     a = torch.randn(side, side, device=args.device, dtype=getattr(torch, precision))
     return 2 * side**3 / min(seconds_of(a.mm, a, args) for _ in range(5))
 
@@ -150,54 +147,54 @@ def views_case(config: TrainConfig, source: list[int], device: torch.device):
             lambda x: make_views(x._replace(images=x.images.to(device)), config, 0, slice(0, len(sizes))))
 
 
-def step_case(config: TrainConfig, attn: str, source: list[int], device: torch.device):
-    """A whole pretraining step, from decoded pictures. attn: of the anchor encoder, "" for what build_model chooses."""
+def step_parts(config: TrainConfig, attn: str, source: list[int], device: torch.device) -> dict:
+    """A whole pretraining step from decoded pictures, and its parts by themselves. attn: of the anchor encoder."""
     model, (pictures, views_of) = build_model(config, Processes(0, 1, device)), views_case(config, source, device)
     optimizer, now = make_optimizer(model, config), schedule_at(config, 1, 100)
-    if attn:
-        model.anchor_encoder.set_attn_implementation(attn)
+    model.anchor_encoder.set_attn_implementation(attn or model.anchor_encoder.config.attn_implementation)
 
-    def run(x: tuple) -> None:
-        (target, *anchors), keep = views_of(x[2])
+    def step(batch: Batch) -> None:
+        (target, *anchors), keep = views_of(batch)
         train_step(model, optimizer, target, anchors, keep, now, config.clip_grad, config.precision)
 
-    return lambda: (model, optimizer, pictures()), run
+    def forward(views_and_masks: tuple) -> Tensor:
+        (target, *anchors), keep = views_and_masks
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            return model(target, anchors, keep, now.sharpening).loss
+
+    return {"step": (pictures, step), "views": (pictures, views_of), "forward": (lambda: views_of(pictures()), forward),
+            "backward": (lambda: forward(views_of(pictures())), Tensor.backward),
+            "optimizer": (lambda: None, lambda _: optimizer.step()),
+            "EMA": (lambda: None, lambda _: model.update_target(now.momentum))}
 
 
-def step_shares(case: tuple, args: argparse.Namespace) -> dict:
-    """Where a step's time goes, as shares of it. Here each part waits for the device."""
-    (new_input, run), seconds = case[0](*case[1:]), {}
-    model, optimizer, _ = new_input()
-
-    def timed(name: str, function):
-        def call(*inputs, **options):
-            results = []
-            taken = seconds_of(lambda _: results.append(function(*inputs, **options)), None, args)
-            seconds[name] = seconds.get(name, 0) + taken
-            return results[0]
-        return call
-
-    parts = {"views": (sys.modules[__name__], "make_views"), "forward": (model, "forward"),
-             "backward": (Tensor, "backward"), "optimizer": (optimizer, "step"), "EMA": (model, "update_target")}
-    with ExitStack() as stack:
-        for name, (owner, method) in parts.items():
-            stack.enter_context(mock.patch.object(owner, method, timed(name, getattr(owner, method))))
-        total = sum(seconds_of(run, new_input(), args) for _ in range(max(2, args.repeats // 2)))
-    return {name: part / total for name, part in {**seconds, "rest": total - sum(seconds.values())}.items()}
+def step_case(*description):
+    """Only the whole step."""
+    return step_parts(*description)["step"]
 
 
 def train(args: argparse.Namespace) -> list[dict]:
-    """A row for each attention path and mask ratio (suite masking: without focal views, which are never masked)."""
+    """A row for each attention path and each value of what varies: a mask ratio, a size, a number."""
+    # Focal views are never masked, so the suite that shows what masking spares leaves them out.
     base, rows = training_config(args, **({"focal_views": 0} if args.suite == "masking" else {})), []
-    configs = {ratio: replace(base, mask_ratio=ratio) for ratio in args.mask_ratios or [base.mask_ratio]}
-    cases = {(attn, ratio): (step_case, config, attn, args.source_size, args.device)
-             for attn in args.attn for ratio, config in configs.items()}
+    ratios = args.mask_ratios if args.suite == "masking" else [base.mask_ratio]
+    series = {"mask_ratio": ratios} if args.suite != "growth" else {
+        field: [max(getattr(base, field), 1) * 2**i for i in range(args.doublings + 1)]
+        for field in ("image_size", "num_prototypes", "focal_views")}
     peak = matmul_peak(base.precision, args)
-    for (attn, ratio), result in measure(cases, args).items():
-        flops, seconds = step_flops(configs[ratio]), result["median"]
-        rows.append({"attention": attn or "as trained", "mask ratio": ratio, "step": result, "GFLOP": flops / 1e9,
-                     "images/s": base.batch_size / seconds, "of peak": flops / seconds / peak})
-        rows[-1] |= step_shares(cases[attn, ratio], args) if args.suite == "train" else {}
+    for field, values in series.items():
+        configs = {value: replace(base, **{field: value}) for value in values}
+        cases = {(attn, value): (step_case, config, attn, args.source_size, args.device)
+                 for attn in args.attn for value, config in configs.items()}
+        for (attn, value), result in measure(cases, args).items():
+            flops, seconds = step_flops(configs[value]), result["median"]
+            rows.append({"attention": attn or "as trained", field: value, "step": result, "GFLOP": flops / 1e9,
+                         "images/s": base.batch_size / seconds, "of peak": flops / seconds / peak})
+            if args.suite == "train":
+                parts = step_parts(*cases[attn, value][1:])
+                no_memory = argparse.Namespace(**{**vars(args), "memory": False})
+                times = measure({part: (parts.get, part) for part in parts}, no_memory)
+                rows[-1] |= {part: times[part]["median"] / times["step"]["median"] for part in list(parts)[1:]}
     return rows
 
 
@@ -249,22 +246,9 @@ def views(args: argparse.Namespace) -> list[dict]:
              **results, **rates, "Pillow / ours": results["Pillow"]["median"] / results["ours"]["median"]}]
 
 
-def growth(args: argparse.Namespace) -> list[dict]:
-    """A step where one thing doubles. Time grows as value^power; tokens are the square of the image size."""
-    base, rows = training_config(args), []
-    for field, attn in (("image_size", "eager"), ("image_size", "sdpa"), ("num_prototypes", ""), ("focal_views", "")):
-        values = [max(getattr(base, field), 1) * 2**i for i in range(args.doublings + 1)]
-        results = measure({value: (step_case, replace(base, **{field: value}), attn, args.source_size, args.device)
-                           for value in values}, args)
-        for value, result in results.items():
-            ratio = result["median"] / results.get(value // 2, result)["median"]
-            rows.append({"growing": field, "attention": attn, "value": value, "step": result, "power": math.log2(ratio)})
-    return rows
-
-
 # ---- The command line ------------------------------------------------------------------------------------------------
 
-SUITES = {"inference": inference, "masking": train, "train": train, "views": views, "growth": growth}
+SUITES = {"inference": inference, "masking": train, "train": train, "growth": train, "views": views}
 
 
 def training_config(args: argparse.Namespace, recipe: str = "demo", **defaults) -> TrainConfig:
@@ -285,18 +269,19 @@ def make_parser() -> argparse.ArgumentParser:
         sub = suites.add_parser(name, description=suite.__doc__, conflict_handler="resolve")
         add_flags(sub, TrainConfig)
         sub.add_argument("--preset", choices=PRESETS, help="a published shape and its pretraining")
-        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         sub.add_argument("--threads", type=int, default=1 if name == "views" else torch.get_num_threads())
         sub.add_argument("--repeats", type=int, default=10)
-        sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=name not in ("inference", "views"))
+        memory = sys.platform == "linux" and name not in ("inference", "views")
+        sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=memory)
         sub.add_argument("--cpu-time", action="store_true", help="not the clock's: for one thread on a busy machine")
         sub.add_argument("--source-size", type=int, nargs=2, help="height and width of the decoded pictures")
         sub.add_argument("--json", help="file for machine, flags and rows; times in seconds, memory in MiB")
         sub.add_argument("--attn", nargs="+", choices=("eager", "sdpa", *["compiled"] * (name == "inference")),
                          default=["eager", "sdpa"] if name == "inference" else [""])
-        sub.add_argument("--mask-ratios", type=float, nargs="+", help="of suites train and masking",
-                         default=[i / 10 for i in range(10)] if name == "masking" else None)
-        sub.add_argument("--doublings", type=int, default=2, help="of suite growth")
+        if name == "masking":
+            sub.add_argument("--mask-ratios", type=float, nargs="+", default=[i / 10 for i in range(10)])
+        if name == "growth":
+            sub.add_argument("--doublings", type=int, default=2)
         if name == "inference":
             dtypes = ("float32", "float16", "bfloat16")
             sub.add_argument("--precision", dest="precisions", nargs="+", default=["float32"], choices=dtypes)
@@ -317,12 +302,14 @@ def show(value) -> str:
 def main(argv: list[str]) -> None:
     """The command line; without a suite, inference."""
     args = make_parser().parse_args(argv if argv and argv[0] in (*SUITES, "-h", "--help") else ["inference", *argv])
-    if min(args.threads, args.repeats, *getattr(args, "batch_sizes", ())) < 1 or (args.device == "cuda" and not torch.cuda.is_available()):
-        raise UsageError("--threads, --repeats and --batch-sizes must be at least 1, and --device cuda needs a GPU that torch sees.")
+    wanted, cuda = getattr(args, "device", "auto"), torch.cuda.is_available()
+    if min(args.threads, args.repeats, *getattr(args, "batch_sizes", ())) < 1 or (wanted == "cuda" and not cuda):
+        raise UsageError("--threads, --repeats and --batch-sizes start at 1; --device cuda needs a GPU torch sees.")
     torch.set_num_threads(args.threads)
-    args.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    args.device = torch.device("cuda" if cuda and wanted != "cpu" else "cpu")
     args.clock = time.process_time if args.cpu_time else time.perf_counter
-    cpu = re.search(r"model name\s*: (.*)|\Z", Path("/proc/cpuinfo").read_text())[1]
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)|\Z", info.read_text())[1] if info.exists() else sys.platform
     machine = {"machine": torch.cuda.get_device_name() if args.device.type == "cuda" else cpu, "threads": args.threads,
                "cores": os.cpu_count(), "load": os.getloadavg()[0], "clock": args.clock.__name__,
                "float32 matmul GFLOP/s": matmul_peak("float32", args) / 1e9,

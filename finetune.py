@@ -8,9 +8,9 @@
     python finetune.py embed runs/demo-001 photos --output features.npz
     python finetune.py neighbours runs/demo-001 photos          # a sheet of pictures and those nearest to them
 
-The table is the paper's (arXiv 2204.07141, Section 5 and Appendix A.2): a logistic probe on frozen features, beside it
-fine-tuning, k-NN and three baselines; mean and standard deviation over draws of the labelled images. Validation images
-choose nothing. In reading order: settings, probe, labelled sets, fine-tuning, the table, using a model, command line.
+The table is the paper's (arXiv 2204.07141, Section 5, Appendix A.2): a logistic probe on frozen features; beside it
+fine-tuning, k-NN and three baselines. Mean and deviation are over draws of labelled images; validation images choose
+nothing. In reading order: settings, probe, labelled sets, fine-tuning, the table, using a model, command line.
 """
 import argparse
 import csv
@@ -34,16 +34,17 @@ from train_msn import (
     crop_boxes, embed_images, generator_for, image_paths, knn_predict, open_data, opt, run_program, save_neighbours,
     save_plot, save_sheet, start_processes, to_picture, warmup_cosine,
 )
-from vitmsn import (
-    MSNEncoder, ViTMSNForImageClassification, ViTMSNModel, interpolate_positions, load_weights, normalize,
-    read_pretrained, write_file,
-)
+from vitmsn import MSNEncoder, ViTMSNModel, interpolate_positions, load_weights, normalize, read_pretrained, write_file
+from vitmsn import ViTMSNForImageClassification as Classifier
 
 # ---- Settings, of the table and of the other commands ----------------------------------------------------------------
 
 TRAINED = ("finetune", "scratch")
 KNN = {"knn20": (20, 0.07), "knn200": (200, 0.1)}  # k and temperature: ours, and those of Lightly's benchmarks
 METHODS = ("probe", *TRAINED, "untrained", "pixels", *KNN)
+SCRATCH_RATES = (3e-4, 1e-3, 3e-3)  # to choose from
+L2_GRID = (0.00025, 0.0025, 0.025, 0.25, 2.5)  # for cross-validation; the published values are among them
+HEAD_L2 = 0.1  # of the probe that fine-tuning starts from: milder than 0.0025, whose certainty leaves little to learn
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,8 @@ class FinetuneConfig:
     def __post_init__(self):
         for f in fields(self):
             check_range(f, getattr(self, f.name))
-            _, low, high = f.metadata.get("numbers", (str, None, None))
-            for value in self.listed(f.name) if low is not None else ():
-                if not low <= value <= high:
-                    raise UsageError(f"{f.name}={value} is out of range; use {low:g} to {high:g}.")
+            if "numbers" in f.metadata:
+                self.listed(f.name)  # raises UsageError
         if not self.listed("seeds"):
             raise UsageError("seeds is empty: give at least one seed.")
         if unknown := set(self.listed("methods")) - set(METHODS):
@@ -92,11 +91,14 @@ class FinetuneConfig:
 
     def listed(self, name: str) -> list:
         """The values of a field that has commas between them, each once."""
-        kind = type(self).__dataclass_fields__[name].metadata.get("numbers", [str])[0]
+        kind, *limits = self.__dataclass_fields__[name].metadata.get("numbers", (str,))
         try:
-            return list(dict.fromkeys(kind(part) for part in getattr(self, name).split(",") if part.strip()))
+            values = list(dict.fromkeys(kind(part) for part in getattr(self, name).split(",") if part.strip()))
         except ValueError:
             raise UsageError(f"{name}={getattr(self, name)!r} must be numbers with commas between.") from None
+        if limits and not all(limits[0] <= value <= limits[1] for value in values):
+            raise UsageError(f"{name}={getattr(self, name)} is out of range; use {limits[0]:g} to {limits[1]:g}.")
+        return values
 
 
 # ---- Logistic probe on frozen features (Appendix A.2) ----------------------------------------------------------------
@@ -109,10 +111,8 @@ def center_and_scale(features: Tensor) -> Tensor:
 
 def fit_logistic_probe(rows: Tensor, labels: Tensor, num_classes: int, l2: float, tolerance: float = 1e-12) -> Tensor:
     """The minimiser W of mean cross-entropy + (l2 / n) / 2 |W|^2, no intercept (scikit-learn's C = 1 / l2), by Newton's
-    method, down to a gradient of `tolerance`. rows: n d, labels: n -> W: num_classes d, float64.
-
-    At so small a lambda the problem is too badly conditioned for L-BFGS to get there.
-    """
+    method, down to a gradient of `tolerance`. rows: n d, labels: n -> W: num_classes d, float64. (At lambdas as small
+    as the published one L-BFGS does not get there: the problem is too badly conditioned.)"""
     basis = torch.linalg.qr(rows.double().T)[0]  # W lies in the span of the rows: min(n, d) coordinates do
     x, n, targets = rows.double() @ basis, len(rows), F.one_hot(labels, num_classes).double()
     w, identity = x.new_zeros(num_classes, x.shape[1]), torch.eye(x.shape[1], dtype=x.dtype)
@@ -144,63 +144,50 @@ def fit_logistic_probe(rows: Tensor, labels: Tensor, num_classes: int, l2: float
     return w @ basis.T
 
 
-L2_GRID = (0.00025, 0.0025, 0.025, 0.25, 2.5)  # for cross-validation; the published values are among them
-
-
 def choose_l2(rows: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Lambda with the least cross-entropy in a stratified cross-validation (up to 5 folds) on these labelled rows alone.
+    """Lambda with the least loss in a stratified cross-validation on these labelled rows alone, of at most 5 folds.
     With one image in some class there is nothing to validate on: then the published 0.0025."""
     folds = min(5, int(labels.bincount(minlength=num_classes).min()))
-    if folds < 2:
-        return 0.0025
-    order, fold = labels.argsort(stable=True), torch.empty_like(labels)
-    fold[order] = torch.arange(len(labels)) % folds  # sorted by class, so each fold gets its share of each class
+    fold = labels.argsort(stable=True).argsort() % max(folds, 1)  # by place in class order: each has its share of each
 
     def loss(l2, i):
         w = fit_logistic_probe(rows[fold != i], labels[fold != i], num_classes, l2, 1e-6)
         return F.cross_entropy(rows[fold == i] @ w.T, labels[fold == i], reduction="sum").item()
 
-    return min(L2_GRID, key=lambda l2: sum(loss(l2, i) for i in range(folds)))
+    return 0.0025 if folds < 2 else min(L2_GRID, key=lambda l2: sum(loss(l2, i) for i in range(folds)))
 
 
 # ---- Labelled sets: which training images have labels. A label of -1 marks an image that must not be drawn -----------
 
-TUNING_SEED = 2**31
-
-
 def draw_labelled(labels: Tensor, per_class: int | list[int], seed: int, names: list[str] | None = None) -> list[int]:
     """Indices of `per_class` images of each class (a list: so many of each), class by class; labels and seed alone
-    decide. The draw of fewer is a part of the draw of more. Raises UsageError if a class has too few."""
+    decide. The draw of fewer is a part of the draw of more."""
     order = torch.rand(len(labels), generator=generator_for(seed, 0)).argsort()
-    if isinstance(per_class, int):
-        per_class = [per_class] * (len(names) if names else int(labels.max()) + 1)
-    chosen = []
-    for c, count in enumerate(per_class):
+    chosen, names = [], names or range(int(labels.max()) + 1)
+    for c, count in enumerate([per_class] * len(names) if isinstance(per_class, int) else per_class):
         members = order[labels[order] == c]
         if len(members) < count:
-            raise UsageError(f"class {names[c] if names else c} has {len(members)} images to draw from, fewer than the "
-                             f"{count} asked for; ask for fewer labels.")
+            raise UsageError(f"class {names[c]} has {len(members)} images to draw from, fewer than the {count} asked "
+                             "for; ask for fewer labels.")
         chosen += members[:count].tolist()
     return chosen
 
 
 def read_label_list(path: Path, images: Dataset) -> list[int]:
-    """The images that a text file names, one a line: file names, or paths whose end fits one image only."""
+    """The images that a text file names, one a line: NAME, or CLASS/NAME or train/CLASS/NAME."""
     if not isinstance(images, ImageFiles):
         raise UsageError("--label-list names files: it needs --data with a folder of images.")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} can't be read: {error}") from None
-    by_name: dict[str, list[int]] = {}
+    named: dict[str, list[int]] = {}
     for i, image in enumerate(images.paths):
-        by_name.setdefault(image.name, []).append(i)
-    chosen = [[i for i in by_name.get(Path(line).name, []) if f"/{images.paths[i].as_posix()}".endswith(f"/{line}")]
-              for line in lines]
-    if not lines or (wrong := [line for line, fits in zip(lines, chosen, strict=True) if len(fits) != 1]):
-        raise UsageError(f"{path}: {len(wrong)} of {len(lines)} lines fit no training image or several, for example "
-                         f"{wrong[0]!r}." if lines else f"{path} names no image.")
-    return sorted({fits[0] for fits in chosen})
+        for count in (1, 2, 3):
+            named.setdefault("/".join(image.parts[-count:]), []).append(i)
+    if wrong := [line for line in lines if len(named.get(line, [])) != 1] if lines else ["nothing"]:
+        raise UsageError(f"{path}: {len(wrong)} of {len(lines)} lines name no training image or several: {wrong[0]}.")
+    return sorted({named[line][0] for line in lines})
 
 
 def readable(images: Dataset, indices: list[int], seen: set[str]) -> list[int]:
@@ -216,31 +203,32 @@ def draw_columns(config: FinetuneConfig, data: Images, seen: set[str]) -> tuple[
     """Columns of the table, name -> the labelled images of each draw; and the tuning part, up to 25 training images of
     each class that are in no draw (but in the column of all labels)."""
     labels, sizes = data.train_labels.clone(), data.train_labels.bincount(minlength=len(data.classes)).tolist()
+    lists, fractions = config.listed("label_list"), config.listed("fraction")
 
     def draw(counts, seed):
-        while len(good := readable(data.train, chosen := draw_labelled(labels, counts, seed, data.classes), seen)) < len(
-                chosen):
-            labels[list({*chosen} - {*good})] = -1  # the next image of the class takes its place
+        chosen = draw_labelled(labels, counts, seed, data.classes)
+        if bad := set(chosen) - set(readable(data.train, chosen, seen)):
+            labels[list(bad)] = -1  # the next image of the class takes its place
+            return draw(counts, seed)
         return chosen
 
-    if config.label_list:
-        columns = {"listed": [readable(data.train, read_label_list(Path(path), data.train), seen)
-                              for path in config.listed("label_list")]}
-    else:
-        counts = {f"{n}/class": [n] * len(sizes) for n in config.listed("labels_per_class")} | {
-            f"{100 * f:g} %": [max(1, round(f * n)) for n in sizes] for f in config.listed("fraction") if f < 1}
-        columns = {name: [draw(n, seed) for seed in config.listed("seeds")] for name, n in counts.items()}
+    counts = {} if lists else {
+        **{f"{n}/class": [n] * len(sizes) for n in config.listed("labels_per_class")},
+        **{f"{100 * f:g} %": [max(1, round(f * n)) for n in sizes] for f in fractions if f < 1}}
+    columns = {name: [draw(n, seed) for seed in config.listed("seeds")] for name, n in counts.items()}
+    if lists:
+        columns["listed"] = [readable(data.train, read_label_list(Path(path), data.train), seen) for path in lists]
     labels[[i for draws in columns.values() for drawn in draws for i in drawn]] = -1
-    free = int(labels[labels >= 0].bincount(minlength=len(sizes)).min()) if "scratch" in config.listed("methods") else 0
-    tuning = readable(data.train, draw_labelled(labels, [min(25, free)] * len(sizes), TUNING_SEED), seen)
-    if not config.label_list and (config.full or 1 in config.listed("fraction")):
+    free = labels[labels >= 0].bincount(minlength=len(sizes)).min() if "scratch" in config.listed("methods") else 0
+    tuning = readable(data.train, draw_labelled(labels, min(25, int(free)), 2**31, data.classes), seen)
+    if not lists and (config.full or 1 in fractions):
         columns["100 %"] = [readable(data.train, list(range(len(labels))), seen)]
     return columns, tuning
 
 
 # ---- Fine-tuning, and training from scratch (Appendix A.4; its RandAugment, Mixup and CutMix are left out) -----------
 
-def layerwise_groups(model: ViTMSNForImageClassification, lr: float, decay: float, weight_decay: float) -> list[dict]:
+def layerwise_groups(model: Classifier, lr: float, decay: float, weight_decay: float) -> list[dict]:
     """Groups for AdamW: head and final norm learn at `lr`, each layer at `decay` times the rate of the one above it,
     patches, class token and positions at lr * decay^(layers + 1). Biases and norms have no weight decay."""
     groups, layers = {}, len(model.vit.blocks)
@@ -253,10 +241,10 @@ def layerwise_groups(model: ViTMSNForImageClassification, lr: float, decay: floa
 
 
 def build_classifier(encoder: ViTMSNModel, classes: list[str], config: FinetuneConfig, device: torch.device,
-                     probe: Tensor | None = None) -> ViTMSNForImageClassification:
+                     probe: Tensor | None = None) -> Classifier:
     """The encoder's weights under a head of zeros or, so that training starts where it ends, of a logistic probe (W:
     classes d): after its centring and scaling, its features are those of a plain final norm over sqrt(d)."""
-    model = ViTMSNForImageClassification(replace(
+    model = Classifier(replace(
         encoder.config, num_labels=len(classes), id2label=dict(enumerate(classes)), label2id=None, problem_type=None,
         drop_path_rate=config.drop_path_rate))
     model.vit.load_state_dict({k: v for k, v in encoder.state_dict().items() if not k.startswith("fc.")})
@@ -268,12 +256,10 @@ def build_classifier(encoder: ViTMSNModel, classes: list[str], config: FinetuneC
     return model.to(device)
 
 
-def train_classifier(model: ViTMSNForImageClassification, images: Dataset, labels: Tensor, indices: list[int],
+def train_classifier(model: Classifier, images: Dataset, labels: Tensor, indices: list[int],
                      config: FinetuneConfig, lr: float, layer_decay: float, seed: int, verbose: bool = False) -> None:
-    """Train in place on random crops and flips of the images `indices`; nothing else is looked at.
-
-    labels: one for each of `images`. Raises FloatingPointError when the loss stops being finite.
-    """
+    """Train in place on random crops and flips of the images `indices`; nothing else is looked at. labels: of all
+    `images`. Raises FloatingPointError when the loss stops being finite."""
     device, size = model.classifier.weight.device, min(config.batch_size, len(indices))
     steps = max(config.steps, math.ceil(config.epochs * len(indices) / size))
     bfloat16 = choose_precision(config.precision, device) == "bfloat16"
@@ -305,7 +291,7 @@ def train_classifier(model: ViTMSNForImageClassification, images: Dataset, label
 
 
 @torch.no_grad()
-def classify(model: ViTMSNForImageClassification, images: Dataset, indices: list[int]) -> Tensor:
+def classify(model: Classifier, images: Dataset, indices: list[int]) -> Tensor:
     """Class probabilities of whole images (which must be readable) -> rows classes, on the CPU."""
     device = model.classifier.weight.device
     features, _ = embed_images(model.vit, images, indices, model.config.image_size, device)
@@ -314,59 +300,45 @@ def classify(model: ViTMSNForImageClassification, images: Dataset, indices: list
 
 # ---- The table. An Experiment holds no validation label: `measure` alone sees them, after the predictions are made ---
 
-SCRATCH_RATES = (3e-4, 1e-3, 3e-3)
-HEAD_L2 = 0.1  # of the probe that fine-tuning starts from: milder than 0.0025, whose certainty leaves little to learn
-
-
 @dataclass(frozen=True)
 class Experiment:
-    """What predictions are made from. data: without validation labels; val: the validation images that are used."""
+    """What predictions are made from. encoders: pretrained ("probe"), "untrained", "pixels" (None); val: the validation
+    images that are used."""
     config: FinetuneConfig
-    encoder: ViTMSNModel
+    encoders: dict[str, ViTMSNModel | None]
     data: Images
     val: list[int]
     columns: dict[str, list[list[int]]]
     tuning: list[int]
     cache: dict = field(default_factory=dict)
 
-    @cached_property
-    def untrained(self) -> ViTMSNModel:
-        """The architecture as pretraining starts it, the same in all cells."""
-        torch.manual_seed(0)
-        return MSNEncoder(self.encoder.config, 1, 1).eval().to(self.encoder.cls_token.device)
+    def features(self, kind: str, images: Dataset, indices: list[int]) -> Tensor:
+        """Rows of frozen features, computed once."""
+        encoder, key = self.encoders[kind], (kind, id(images), *indices)
+        if key not in self.cache:
+            size, device = self.encoders["probe"].config.image_size, self.encoders["probe"].cls_token.device
+            size = size if encoder else min(size, self.config.pixel_size)
+            self.cache[key] = embed_images(encoder, images, indices, size, device)[0]
+        return self.cache[key]
 
-    def features(self, kind: str) -> tuple[Tensor, Tensor]:
-        """Rows of all training images (zeros for those in no draw) and of validation images, computed once."""
-        if kind not in self.cache:
-            encoder = {"pixels": None, "untrained": self.untrained}.get(kind, self.encoder)
-            size = self.encoder.config.image_size if encoder else min(
-                self.encoder.config.image_size, self.config.pixel_size)
-            used = sorted({i for draws in self.columns.values() for draw in draws for i in draw})
-            rows, val = (embed_images(encoder, part, which, size, self.encoder.cls_token.device)[0]
-                         for part, which in ((self.data.train, used), (self.data.val, self.val)))
-            table = rows.new_zeros(len(self.data.train), rows.shape[1])
-            table[used] = rows
-            self.cache[kind] = table, val
-        return self.cache[kind]
-
-    def trained(self, method: str, indices: list[int], seed: int, lr: float, verbose: bool = False):
+    def trained(self, method: str, indices: list[int], seed: int, lr: float, verbose: bool = False) -> Classifier:
         """A classifier that was fine-tuned, or trained from scratch, on these images."""
-        start, decay, probe, labels = self.untrained, 1.0, None, self.data.train_labels
+        start, decay, probe, labels = self.encoders["untrained"], 1.0, None, self.data.train_labels
         if method == "finetune":
-            start, decay = self.encoder, self.config.layer_decay
-            rows = center_and_scale(self.features("encoder")[0][indices])
+            start, decay = self.encoders["probe"], self.config.layer_decay
+            rows = center_and_scale(self.features("probe", self.data.train, indices))
             probe = fit_logistic_probe(rows, labels[indices], len(self.data.classes), HEAD_L2, 1e-6)
-        model = build_classifier(start, self.data.classes, self.config, self.encoder.cls_token.device, probe)
+        model = build_classifier(start, self.data.classes, self.config, start.cls_token.device, probe)
         train_classifier(model, self.data.train, labels, indices, self.config, lr, decay, seed, verbose)
         return model
 
     @cached_property
     def scratch_lr(self) -> float:
-        """The rate that does best when trained on a fifth of the tuning part (class by class) and tested on the rest."""
-        fit, labels, scores = self.tuning[::5], self.data.train_labels, {}
+        """The rate that does best when trained on a fifth of the tuning part and tested on the rest of it."""
+        fit, labels, scores = self.tuning[::5], self.data.train_labels, {}  # class by class: a fifth of each class
         if self.config.scratch_lr or len(fit) < 2:
             return self.config.scratch_lr or SCRATCH_RATES[1]
-        held = sorted({*self.tuning} - {*fit})
+        held = sorted(set(self.tuning) - set(fit))
         for lr in SCRATCH_RATES:
             right = classify(self.trained("scratch", fit, 0, lr), self.data.train, held).argmax(dim=-1) == labels[held]
             scores[lr] = right.double().mean().item()
@@ -380,35 +352,31 @@ class Experiment:
         if method in TRAINED:
             model = self.trained(method, indices, seed, self.scratch_lr if method == "scratch" else self.config.lr)
             return classify(model, self.data.val, self.val).argmax(dim=-1)
-        train, val = self.features(method if method in ("untrained", "pixels") else "encoder")
-        labels, classes = self.data.train_labels[indices], len(self.data.classes)
+        kind, labels, classes = "probe" if method in KNN else method, self.data.train_labels[indices], self.data.classes
+        rows, val = self.features(kind, self.data.train, indices), self.features(kind, self.data.val, self.val)
         if method in KNN:
-            return knn_predict(train[indices], labels, val, *KNN[method])
-        rows = center_and_scale(train[indices])
-        w = fit_logistic_probe(rows, labels, classes, self.config.l2 or choose_l2(rows, labels, classes), 1e-8)
+            return knn_predict(rows, labels, val, *KNN[method])
+        rows, count = center_and_scale(rows), len(classes)
+        w = fit_logistic_probe(rows, labels, count, self.config.l2 or choose_l2(rows, labels, count), 1e-8)
         return (center_and_scale(val) @ w.T).argmax(dim=-1)
 
 
-def mean_and_sd(shares: list[float]) -> str:
-    """Per cent, with the standard deviation over draws where there are several."""
-    return f"{100 * np.mean(shares):.1f}" + (f" ± {100 * np.std(shares, ddof=1):.1f}" if len(shares) > 1 else "")
-
-
-def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> dict[tuple[str, str], list[float]]:
-    """Accuracy of every cell, (method, column) -> one per draw; table.csv and table.png grow with each method."""
+def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> dict[tuple[str, str], str]:
+    """The cells of the table, (method, column) -> text. table.csv and table.png grow with each method."""
     config, truth, cells, rows, lines = experiment.config, val_labels[experiment.val], {}, [], {}
     for method in config.listed("methods"):
         start, lines[method] = time.time(), []
         for name, draws in experiment.columns.items():
             if method in TRAINED and name == "100 %" and 1 not in config.listed("fraction"):
                 continue
-            predicted = [experiment.predict(method, draw, seed) for seed, draw in enumerate(draws)]
-            cells[method, name] = scores = [(p == truth).double().mean().item() for p in predicted]
-            labels = np.mean([len(draw) for draw in draws])
-            lines[method].append((labels / len(experiment.data.classes), np.mean(scores)))
-            rows.append((method, name, labels, *lines[method][-1], np.std(scores, ddof=1) if len(scores) > 1 else "",
-                         " ".join(map(str, scores))))
-        print(f"{method}: {', '.join(f'{y:.1%}' for _, y in lines[method])} ({time.time() - start:.0f} s)", flush=True)
+            scores = [(experiment.predict(method, draw, seed) == truth).double().mean().item()
+                      for seed, draw in enumerate(draws)]
+            mean, labels = np.mean(scores), np.mean([len(draw) for draw in draws])
+            sd = np.std(scores, ddof=1) if len(scores) > 1 else ""
+            cells[method, name] = f"{100 * mean:.1f}" + (f" ± {100 * sd:.1f}" if sd != "" else "")
+            lines[method].append((labels / len(experiment.data.classes), mean))
+            rows.append((method, name, labels, *lines[method][-1], sd, " ".join(map(str, scores))))
+        print(f"{method}: {len(lines[method])} columns, {time.time() - start:.0f} s", flush=True)
         write_csv(folder / "table.csv", ("method", "column", "labels", "labels_per_class", "mean", "sd", "draws"), rows)
         save_plot(folder / "table.png", {"accuracy against labelled images per class": {
             name: sorted(line) for name, line in lines.items()}}, log_x=True)
@@ -423,7 +391,7 @@ def write_csv(path: Path, header: tuple, rows: list[tuple]) -> None:
     write_file(path, text.getvalue().encode())
 
 
-def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel | ViTMSNForImageClassification:
+def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel | Classifier:
     """The encoder or classifier of a checkpoint, at --image-size. Raises UsageError if it can't be that."""
     try:
         model_config, weights = read_pretrained(config.checkpoint, None)
@@ -437,7 +405,7 @@ def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel 
                              f"{model_config.patch_size} pixels; it was made for {model_config.image_size}.")
         model_config = replace(model_config, image_size=config.image_size)
         weights["pos_embed"] = interpolate_positions(weights["pos_embed"].float(), (model_config.grid_size,) * 2)
-    model = (ViTMSNForImageClassification if classifier else ViTMSNModel)(model_config)
+    model = (Classifier if classifier else ViTMSNModel)(model_config)
     load_weights(model, weights, config.checkpoint)
     return model.to(start_processes(config).device).eval()
 
@@ -455,31 +423,33 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     if not (config.data or saved.get("data")):
         raise UsageError(f"{config.checkpoint} does not say on which images to work; pass --data.")
     encoder, seen = load_model(config), set()
+    shape = encoder.config
     data = open_data(TrainConfig(
         data=config.data or saved["data"], data_dir=saved.get("data_dir", "data"), seed=saved.get("seed", 0),
-        image_size=encoder.config.image_size, patch_size=encoder.config.patch_size, focal_views=0))
+        image_size=shape.image_size, patch_size=shape.patch_size, focal_views=0))
     if data.val is None:
         raise UsageError("this takes labels: the data must be folders train/CLASS/* and val/CLASS/*.")
     columns, tuning = draw_columns(config, data, seen)
-    val = torch.randperm(len(data.val), generator=generator_for(0, 2))[:config.val_images or None].sort().values.tolist()
-    val = readable(data.val, val, seen)
-    print(f"{config.checkpoint}: {encoder.config.num_hidden_layers} layers of width {encoder.config.hidden_size}, "
-          f"{encoder.config.image_size} pixels, on {encoder.cls_token.device}; {len(data.train)} training images of "
-          f"{len(data.classes)} classes, {len(val)} of {len(data.val)} validation images; {len(seen)} can't be read",
-          flush=True)
-    return Experiment(config, encoder, data._replace(val_labels=None), val, columns, tuning), data.val_labels, home
+    val = torch.randperm(len(data.val), generator=generator_for(0, 2))[:config.val_images or None].sort().values
+    val = readable(data.val, val.tolist(), seen)
+    print(f"{config.checkpoint}: {shape.num_hidden_layers} layers of width {shape.hidden_size}, {shape.image_size} "
+          f"pixels; {len(data.train)} training images of {len(data.classes)} classes, {len(val)} of {len(data.val)} "
+          f"validation images; {len(seen)} can't be read", flush=True)
+    torch.manual_seed(0)  # the untrained encoder is as pretraining starts it, the same in all cells
+    encoders = {"probe": encoder, "untrained": MSNEncoder(shape, 1, 1).eval().to(encoder.cls_token.device),
+                "pixels": None}
+    return Experiment(config, encoders, data._replace(val_labels=None), val, columns, tuning), data.val_labels, home
 
 
 def make_table(config: FinetuneConfig) -> None:
     """The label-efficiency table, as text, CSV and plot."""
     experiment, val_labels, home = open_experiment(config)
     folder, names = Path(config.output_dir or home / "finetune"), list(experiment.columns)
-    print(f"each trained cell: {config.steps} updates of at most {config.batch_size} images; columns: {', '.join(names)}")
     cells = measure(experiment, val_labels, folder)
-    print(f"\naccuracy in % on {len(experiment.val)} validation images, mean ± standard deviation over the draws")
-    for method in ("", *config.listed("methods")):
-        row = [mean_and_sd(cells[method, n]) if (method, n) in cells else "-" for n in names] if method else names
-        print(f"{method:<10}" + "".join(f"{cell:>13}" for cell in row))
+    print(f"\naccuracy in % on {len(experiment.val)} validation images, mean ± standard deviation over the draws; "
+          f"{config.steps} updates in trained cells\n{'':<10}" + "".join(f"{name:>13}" for name in names))
+    for method in config.listed("methods"):
+        print(f"{method:<10}" + "".join(f"{cells.get((method, name), '-'):>13}" for name in names))
     write_file(folder / "config.json", json.dumps(asdict(experiment.config), indent=2).encode())
     print(f"written: {folder}/table.csv, table.png, config.json", flush=True)
 
@@ -500,8 +470,7 @@ def train_and_save(config: FinetuneConfig) -> None:
     rows = [(name, int((truth == c).sum()), right[truth == c].double().mean().item())
             for c, name in enumerate(experiment.data.classes)] + [("all", len(truth), right.double().mean().item())]
     write_csv(folder / "accuracy.csv", ("class", "images", "accuracy"), rows)
-    print("\n".join(f"{name:<20} {accuracy:7.1%} of {count}" for name, count, accuracy in rows))
-    print(f"saved: {folder}", flush=True)
+    print("\n".join(f"{name:<20} {accuracy:7.1%} of {count}" for name, count, accuracy in rows) + f"\nsaved: {folder}")
 
 
 class Pictures(ImageFiles):
@@ -510,18 +479,17 @@ class Pictures(ImageFiles):
         self.paths, self.side, self.free_bytes, self.cache = paths, side, 2**28, {}
 
 
-def open_pictures(names: list[str], model: ViTMSNModel | ViTMSNForImageClassification) -> Pictures:
+def open_pictures(names: list[str], model: ViTMSNModel | Classifier) -> Pictures:
     """The readable ones among files and the pictures in folders; others are named and counted."""
     paths = [path for name in map(Path, names) for path in (image_paths(name) if name.is_dir() else [name])]
     side = 2 * model.config.image_size
-    good = readable(Pictures(paths, side), list(range(len(paths))), set())
-    if not good:
+    if not (good := readable(Pictures(paths, side), list(range(len(paths))), set())):
         raise UsageError(f"none of the {len(paths)} files is a readable image.")
-    print(f"{len(good)} pictures, {len(paths) - len(good)} unreadable files skipped", file=sys.stderr, flush=True)
+    print(f"{len(good)} pictures, {len(paths) - len(good)} unreadable files skipped", file=sys.stderr)
     return Pictures([paths[i] for i in good], side)
 
 
-def predict(config: FinetuneConfig, model: ViTMSNForImageClassification, pictures: Pictures) -> None:
+def predict(config: FinetuneConfig, model: Classifier, pictures: Pictures) -> None:
     """The likeliest classes of each picture."""
     rows, best = [], classify(model, pictures, list(range(len(pictures)))).sort(dim=-1, descending=True)
     for path, which, values in zip(pictures.paths, best.indices.tolist(), best.values.tolist(), strict=True):
@@ -543,7 +511,7 @@ def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) ->
         maps = F.interpolate(heads.unflatten(-1, (model.config.grid_size,) * 2), (size, size), mode="bilinear")[0]
         picture = to_picture(pixels[0])
         lit = [(picture * (0.15 + 0.85 * m / m.max()).unsqueeze(-1).numpy()).astype(np.uint8) for m in maps]
-        names = ["picture", *(f"head {h}" for h in range(1, len(lit) + 1))]
+        names = ["picture", *(f"head {h + 1}" for h in range(len(lit)))]
         save_sheet(folder / f"{i:04d}-{path.stem}.png", [[picture, *lit]], names, cell=224)
     print(f"written: {len(pictures)} sheets in {folder}")
 
@@ -563,9 +531,8 @@ def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -
     if len(pictures) < 2:
         raise UsageError("neighbours takes two pictures or more.")
     target, step = Path(config.output or "neighbours.png"), max(2, math.ceil(len(pictures) / 8))
-    queries = Pictures(pictures.paths[::step], pictures.side)
-    others = Pictures([path for i, path in enumerate(pictures.paths) if i % step], pictures.side)
-    data = Images([], others, None, queries, None)
+    queries, others = pictures.paths[::step], [path for i, path in enumerate(pictures.paths) if i % step]
+    data = Images([], Pictures(others, pictures.side), None, Pictures(queries, pictures.side), None)
     save_neighbours(target, model, data, model.config.image_size, model.cls_token.device)
     print(f"written: {target}")
 

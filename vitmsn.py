@@ -768,8 +768,8 @@ def read_tensors(path: Path) -> dict:
     try:
         if path.name.endswith(".index.json"):
             shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-            if outside := [name for name in shards if Path(name).name != name]:
-                raise ValueError(f"it names {outside[0]!r}, but only files beside the index are read")
+            if outside := [name for name in shards if Path(name).name != name or name.endswith(".json")]:
+                raise ValueError(f"it names {outside[0]!r}, but only weight files beside the index are read")
             return {name: value for shard in shards for name, value in read_tensors(path.parent / shard).items()}
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -332,7 +332,7 @@ BAD = [
     (("--labels-per-class", "9"), "has 8 images to draw from, fewer than the 9"),
     (("--labels-per-class", "two"), "must be numbers"), (("--labels-per-class", "0"), "out of range"),
     (("--methods", "probe,magic"), "magic is not known"), (("--fraction", "1.5"), "out of range"),
-    (("--fraction", "much"), "must be numbers"), (("--l2", "-1"), "out of range"), (("--seeds", ""), "at least one seed"),
+    (("--seeds", "much"), "must be numbers"), (("--l2", "-1"), "out of range"), (("--seeds", ""), "at least one seed"),
     (("--image-size", "20"), "no whole number of this checkpoint's patches of 8"),
     (("--checkpoint", "nowhere"), "neither a file nor a folder"), (("--data", "nowhere"), "no folder"),
     (("--label-list", "nowhere.txt"), "can't be read"), (("train", "--labels-per-class", "1,2"), "one labelled set"),
