@@ -24,6 +24,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import partial
@@ -78,7 +79,7 @@ class ViTMSNConfig:
     def __post_init__(self):
         if self.id2label is None:
             self.num_labels = 2 if self.num_labels is None else self.num_labels
-            if type(self.num_labels) is not int or self.num_labels < 0:
+            if type(self.num_labels) is not int or not 0 <= self.num_labels <= 10**6:
                 raise ValueError(f"num_labels={self.num_labels!r} must be a whole number of at least 0.")
             self.id2label = {i: f"LABEL_{i}" for i in range(self.num_labels)}
         try:
@@ -674,13 +675,16 @@ class ViTMSNForPreTraining(nn.Module):
         own = self.anchor_encoder.state_dict()
         fits = all(weights[name].shape == own[name].shape for name in own.keys() & weights.keys() if name[:3] == "fc.")
         weights = {name: value for name, value in weights.items() if fits or not name.startswith("fc.")}
-        if "pos_embed" in weights and weights["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
-            weights["pos_embed"] = interpolate_positions(weights["pos_embed"], (self.config.grid_size,) * 2)
+        with suppress(KeyError, IndexError, ValueError, ArithmeticError, RuntimeError):  # load_weights names what is wrong
+            if weights["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
+                weights["pos_embed"] = interpolate_positions(weights["pos_embed"], (self.config.grid_size,) * 2)
         prototypes = weights.pop("prototypes", None)
         new = load_weights(self.anchor_encoder, weights, str(name_or_path), may_be_new=r"fc\.")
         self.target_encoder.load_state_dict(self.anchor_encoder.state_dict())
         if prototypes is None or prototypes.shape != self.prototypes.shape or new:
             return [*new, "prototypes"]  # prototypes mean nothing to another head
+        if not torch.isfinite(prototypes).all():
+            raise ValueError(f"{name_or_path}: the prototypes are not finite.")
         self.prototypes.data.copy_(prototypes)
         return new
 
@@ -750,15 +754,12 @@ def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def infer_config(state: dict[str, Tensor], values: dict) -> ViTMSNConfig:
     """The architecture from the shapes of an original file, whose heads are 64 wide unless `values` says otherwise."""
-    try:
-        width, channels, p, _ = state["patch_embed.proj.weight"].shape
-        sizes = {"hidden_size": width, "num_attention_heads": max(width // 64, 1), "num_channels": channels,
-                 "num_hidden_layers": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-                 "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0], "patch_size": p,
-                 "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-                 "image_size": p * math.isqrt(state["pos_embed"].shape[1] - 1)}
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(f"the encoder in it is no ViT of the original release ({error}).") from None
+    width, channels, p, _ = state["patch_embed.proj.weight"].shape
+    sizes = {"hidden_size": width, "num_attention_heads": max(width // 64, 1), "num_channels": channels,
+             "num_hidden_layers": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+             "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0], "patch_size": p,
+             "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+             "image_size": p * math.isqrt(state["pos_embed"].shape[1] - 1)}
     return ViTMSNConfig.from_dict({**sizes, **values})
 
 
@@ -812,13 +813,16 @@ def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None
         if path is None:
             raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}.")
     content = read_tensors(path)
-    if not isinstance(content.get("target_encoder"), dict):
-        config = config or ViTMSNConfig.from_pretrained(path.parent)
-        return config, from_transformers({str(name): value for name, value in content.items()})
-    state = {str(name).removeprefix("module."): value for name, value in content["target_encoder"].items()}
-    config = config or infer_config(state, content.get("model_config", {}))
-    state |= {"prototypes": content["prototypes"]} if "prototypes" in content else {}
-    return config, from_original(state)
+    try:
+        if not isinstance(content.get("target_encoder"), dict):
+            config = config or ViTMSNConfig.from_pretrained(path.parent)
+            return config, from_transformers({str(name): value for name, value in content.items()})
+        state = {str(name).removeprefix("module."): value for name, value in content["target_encoder"].items()}
+        config = config or infer_config(state, content.get("model_config", {}))
+        state |= {"prototypes": content["prototypes"]} if "prototypes" in content else {}
+        return config, from_original(state)
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:  # no such tensors, or no tensors
+        raise ValueError(f"{path} holds no ViT that fits: {error}") from error
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, ignore_mismatched_sizes: bool = False,
