@@ -303,8 +303,10 @@ def main(argv: list[str]) -> None:
     """The command line; without a suite, inference."""
     args = make_parser().parse_args(argv if argv and argv[0] in (*SUITES, "-h", "--help") else ["inference", *argv])
     wanted, cuda = getattr(args, "device", "auto"), torch.cuda.is_available()
-    if min(args.threads, args.repeats, *getattr(args, "batch_sizes", ())) < 1 or (wanted == "cuda" and not cuda):
-        raise UsageError("--threads, --repeats and --batch-sizes start at 1; --device cuda needs a GPU torch sees.")
+    if min(args.threads, args.repeats, *getattr(args, "batch_sizes", ())) < 1:
+        raise UsageError(f"--threads {args.threads}, --repeats {args.repeats} and --batch-sizes must be at least 1.")
+    if wanted == "cuda" and not cuda:
+        raise UsageError("--device cuda needs a GPU that torch sees, and there is none; use --device cpu.")
     torch.set_num_threads(args.threads)
     args.device = torch.device("cuda" if cuda and wanted != "cpu" else "cpu")
     args.clock = time.process_time if args.cpu_time else time.perf_counter

@@ -178,9 +178,10 @@ RECIPES = {
     "cifar10": {**SMALL, "data": "cifar10", "epochs": 100, "image_size": 32, "patch_size": 4, "hidden_size": 192,
                 "num_hidden_layers": 6, "num_attention_heads": 3, "focal_views": 4, "focal_size": 16,
                 "num_prototypes": 128, "knn_every": 5},
-    "imagenette": {**SMALL, "data": "imagenette", "epochs": 30, "image_size": 64, "patch_size": 8, "hidden_size": 192,
-                   "num_hidden_layers": 6, "num_attention_heads": 3, "focal_views": 4, "focal_size": 32,
-                   "num_prototypes": 128, "knn_every": 3},
+    "imagenette": {**SMALL, "data": "imagenette", "epochs": 27, "image_size": 64, "patch_size": 8, "hidden_size": 128,
+                   "num_hidden_layers": 4, "num_attention_heads": 4, "focal_views": 2, "focal_size": 32,
+                   "focal_scale": (0.1, 0.4), "num_prototypes": 128, "mask_ratio": 0.5, "lr": 2e-3,
+                   "warmup_epochs": 1.0, "knn_every": 3},
 }
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
 RECIPES |= {  # the published ones (paper, Appendix A.1). Views are whole patches: of 7 pixels, 98 is the nearest to 96

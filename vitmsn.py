@@ -80,7 +80,7 @@ class ViTMSNConfig:
         if self.id2label is None:
             self.num_labels = 2 if self.num_labels is None else self.num_labels
             if type(self.num_labels) is not int or not 0 <= self.num_labels <= 10**6:
-                raise ValueError(f"num_labels={self.num_labels!r} must be a whole number of at least 0.")
+                raise ValueError(f"num_labels={self.num_labels!r} must be a whole number from 0 to a million.")
             self.id2label = {i: f"LABEL_{i}" for i in range(self.num_labels)}
         try:
             self.id2label = {int(i): str(name) for i, name in self.id2label.items()}
@@ -820,6 +820,8 @@ def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None
         state = {str(name).removeprefix("module."): value for name, value in content["target_encoder"].items()}
         config = config or infer_config(state, content.get("model_config", {}))
         state |= {"prototypes": content["prototypes"]} if "prototypes" in content else {}
+        if junk := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+            raise TypeError(f"{junk[0]} is no tensor")
         return config, from_original(state)
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:  # no such tensors, or no tensors
         raise ValueError(f"{path} holds no ViT that fits: {error}") from error

@@ -52,7 +52,7 @@ def test_two_thousand_steps_take_no_more_memory_than_a_hundred(tmp_path, capsys)
                            "--knn-every", 0, "--checkpoint-every", 200)
     growth = max(seen[-100:]) - max(seen[:100])
     with capsys.disabled():
-        print(f"{len(seen)} steps: {seen[99]:.1f} MiB resident after 100, {seen[-1]:.1f} at the end, growth {growth:.2f} MiB")
+        print(f"{len(seen)} steps: {seen[99]:.1f} MiB resident after 100, {seen[-1]:.1f} at the end: {growth:+.2f} MiB")
     assert len(seen) == 2000 and growth < 3
 
 
