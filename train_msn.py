@@ -780,8 +780,8 @@ def build_model(config: TrainConfig, processes: Processes) -> ViTMSNForPreTraini
         new = model.load_pretrained(config.init_from)
         print(f"starting from {config.init_from}; new are: {', '.join(new) or 'none'}", flush=True)
     model.prototypes.requires_grad_(not config.freeze_prototypes)
-    # On a CPU, with a backward pass and sequences this short, the written-out attention is the faster one (bench.py
-    # train --attn shows it); in bfloat16 by far. On a GPU the fused kernel is.
+    # On a CPU the fused kernel's backward pass in bfloat16 takes 3 to 8 times as long as the written-out one; in
+    # float32 neither wins always (bench.py train --attn eager sdpa). On a GPU the fused kernel is made for this.
     model.anchor_encoder.set_attn_implementation("sdpa" if processes.device.type == "cuda" else "eager")
     if config.gradient_checkpointing:
         model.anchor_encoder.gradient_checkpointing_enable()

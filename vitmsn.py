@@ -675,7 +675,7 @@ class ViTMSNForPreTraining(nn.Module):
         own = self.anchor_encoder.state_dict()
         fits = all(weights[name].shape == own[name].shape for name in own.keys() & weights.keys() if name[:3] == "fc.")
         weights = {name: value for name, value in weights.items() if fits or not name.startswith("fc.")}
-        with suppress(KeyError, IndexError, ValueError, ArithmeticError, RuntimeError):  # load_weights names what is wrong
+        with suppress(KeyError, IndexError, ValueError, ArithmeticError, RuntimeError):  # load_weights will name it
             if weights["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
                 weights["pos_embed"] = interpolate_positions(weights["pos_embed"], (self.config.grid_size,) * 2)
         prototypes = weights.pop("prototypes", None)
@@ -823,7 +823,7 @@ def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None
         if junk := [name for name, value in state.items() if not isinstance(value, Tensor)]:
             raise TypeError(f"{junk[0]} is no tensor")
         return config, from_original(state)
-    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:  # no such tensors, or no tensors
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:  # not there, or no tensors
         raise ValueError(f"{path} holds no ViT that fits: {error}") from error
 
 

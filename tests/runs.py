@@ -80,7 +80,8 @@ def result(folder: Path) -> dict:
     for name in ("metrics.csv", "knn.csv"):
         with open(folder / name, encoding="utf-8") as file:
             for i, row in enumerate(csv.DictReader(file)):
-                kept |= {f"{name}/{i}/{k}": v for k, v in row.items() if k not in ("images_per_second", "elapsed_seconds")}
+                kept |= {f"{name}/{i}/{k}": v for k, v in row.items()
+                         if k not in ("images_per_second", "elapsed_seconds")}
     return kept
 
 

@@ -56,7 +56,8 @@ def test_a_batch_that_the_processes_cant_share_evenly_is_refused(pictures, tmp_p
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_and_max_restarts_goes_on_from_the_checkpoint(pictures, tmp_path):
     folder = tmp_path / "run"
-    process = start(*flags(pictures, folder, "--epochs", "100000", "--max-steps", "0", "--checkpoint-every", "1"), processes=2)
+    process = start(*flags(pictures, folder, "--epochs", "100000", "--max-steps", "0", "--checkpoint-every", "1"),
+                    processes=2)
 
 
 

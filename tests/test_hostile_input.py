@@ -38,7 +38,8 @@ OWN_ROWS = [  # program, flags, exit status, what the line says; capitals stand 
     ("train_msn", "--output-dir FILE", 1, "notes.txt"), ("train_msn", "--output-dir FILE/run", 1, "notes.txt"),
     ("train_msn", "--output-dir BROKEN --resume", 1, "can be read"),
     ("train_msn", "--init-from FILE", 1, "notes.txt can't be read"), ("bench", "nonsense", 2, "nonsense"),
-    ("train_msn", "--init-from EMPTY", 1, "holds none of"), ("train_msn", "--init-from OTHER", 1, "weights are missing"),
+    ("train_msn", "--init-from EMPTY", 1, "holds none of"),
+    ("train_msn", "--init-from OTHER", 1, "weights are missing"),
     ("train_msn", "--init-from nowhere", 1, "nowhere is neither a file nor a folder"),
     ("finetune", "--nonsense 1", 2, "--nonsense"),
     ("finetune", "--device cuda --checkpoint OTHER --data DATA", 2, "CUDA"),
@@ -291,7 +292,8 @@ def targets(whole: dict) -> dict:
     checkpoint = torch.load(io.BytesIO(whole["checkpoint.pt"]), weights_only=True)
     config, index = json.loads(whole["config.json"]), {"metadata": {}, "weight_map": {"a": "old.bin", "b": "b.bin"}}
     config_json, index_json = (
-        (changes(whole).map(lambda change, whole=whole: replaced(whole, *change)) | VALUES).map(json.dumps).map(str.encode)
+        (changes(whole).map(lambda change, whole=whole: replaced(whole, *change)) | VALUES)
+        .map(json.dumps).map(str.encode)
         for whole in (config, index))
     return {
         "image": (st.binary(max_size=64) | pictures.flatmap(mutated), load_image_file),

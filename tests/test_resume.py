@@ -168,7 +168,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_other_masks(pictures
     assert_same_result(whole, tmp_path / "again")
     config = train_msn.make_config({"batch_size": 6})
     batch = train_msn.ImagesInMemory(torch.zeros(6, 3, 32, 32, dtype=torch.uint8)).__getitems__(list(range(6)))
-    first, second = (train_msn.make_views(batch, train_msn.replace(config, seed=s), 0, slice(0, 6))[1][0] for s in (0, 1))
+    first, second = (train_msn.make_views(batch, train_msn.replace(config, seed=seed), 0, slice(0, 6))[1][0]
+                     for seed in (0, 1))
     assert not torch.equal(first, second)
 
 
