@@ -948,9 +948,12 @@ def restore(content: dict, model: ViTMSNForPreTraining, optimizer: torch.optim.O
         weights = {part + name: v for part, state in parts.items() for name, v in from_original(state).items()}
         model.load_state_dict({**weights, "prototypes": content["prototypes"]})
         optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
-        moments = [(k, kept[k], p) for p, kept in optimizer.state.items() for k in ("exp_avg", "exp_avg_sq", "step")]
-        for name, v, like in [(k, v, v) for k, v in model.state_dict().items()] + moments:
-            if v.shape not in (like.shape, ()) or not torch.isfinite(v).all():
+        tensors = [(k, v, v) for k, v in model.state_dict().items()]
+        for p, kept in optimizer.state.items():  # a root also says what is negative
+            tensors += [("exp_avg", kept["exp_avg"], p), ("exp_avg_sq", kept["exp_avg_sq"].sqrt(), p),
+                        ("step", kept["step"].sqrt(), kept["step"].reshape(()))]
+        for name, v, like in tensors:
+            if v.shape != like.shape or not torch.isfinite(v).all():
                 raise ValueError(f"{name} is not finite, or of shape {tuple(v.shape)} instead of {tuple(like.shape)}")
     except Exception as error:  # what is in it may be of any kind
         raise ValueError(f"the checkpoint does not fit these settings: {error}") from None

@@ -356,7 +356,8 @@ def test_two_thousand_malformed_inputs(whole, tmp_path, capsys):
     ("target_encoder/norm.more", torch.zeros(8), "norm.more"), ("encoder", {}, "Missing"), ("optimizer", {}, "fit"),
     ("optimizer/state/0/exp_avg", torch.zeros(1, 2), "exp_avg"), ("optimizer/state/0/exp_avg", "x", "does not fit"),
     ("optimizer/state/0/exp_avg_sq", torch.full((1, 1, 8), float("nan")), "not finite"), ("step", "3", "step"),
-    ("step", None, "step"), ("elapsed", None, "elapsed"), ("config", [1], "config"), ("config/lr", "much", "lr"),
+    ("optimizer/state/4/step", torch.tensor(-9.0), "step is not finite"), ("step", None, "step"),
+    ("elapsed", None, "elapsed"), ("config", [1], "config"), ("config/lr", "much", "lr"),
     ("config/hidden_size", 16, "size mismatch")])
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(path, value, says, whole, places, tmp_path, capsys):
     content = torch.load(io.BytesIO(whole["checkpoint.pt"]), weights_only=True)
