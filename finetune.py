@@ -59,7 +59,7 @@ class FinetuneConfig:
     full: bool = opt(True, "a column with all labels for methods on frozen features")
     label_list: str = opt("", "text files of image names, one a line; each file is a draw, instead of these columns")
     seeds: str = opt("0,1,2", "one draw of the labelled images each", numbers=(int, 0, 2**31 - 1))
-    val_images: int = opt(1000, "validation images for all cells, a fixed random part; 0: all", range=(0, 10**9))
+    val_images: int = opt(0, "validation images for all cells, a fixed random part; 0: all", range=(0, 10**9))
     l2: float = opt(0.0025, "lambda of the probe, as published; 0: cross-validated on the labels", range=(0, 10**9))
     pixel_size: int = opt(16, "largest side of the raw-pixel baseline", range=(1, 4096))
     image_size: int = opt(0, "pixels; 0: the checkpoint's. For another one positions are resampled", range=(0, 4096))
