@@ -786,8 +786,10 @@ def read_tensors(path: Path) -> dict:
     except ImportError:
         raise ImportError(f"{path} needs a package: pip install safetensors, or use pytorch_model.bin.") from None
     except Exception as error:  # parsers of damaged files raise every kind there is
-        raise ValueError(f"{path} can't be read: {(str(error) or type(error).__name__).splitlines()[0]}. It may be "
-                         "damaged, or hold more than tensors and plain values.") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = "torch refuses to unpickle it" if reason.startswith("Weights only") else reason
+        raise ValueError(f"{path} can't be read: {reason}. It may be damaged, or hold more than tensors and plain "
+                         "values.") from error
 
 
 def local_folder(name_or_path: str | os.PathLike) -> Path:
