@@ -46,7 +46,6 @@ def seconds_of(run, x, args: argparse.Namespace) -> float:
     end.synchronize()
     return start.elapsed_time(end) / 1000
 
-
 def measure(cases: dict, args: argparse.Namespace, warm_up: int = 2) -> dict:
     """Seconds (median, quartiles) and MiB of each case. Interleaved: what disturbs the machine disturbs all alike."""
     memory, seconds = {name: {} for name in cases}, {name: [] for name in cases}
@@ -60,7 +59,6 @@ def measure(cases: dict, args: argparse.Namespace, warm_up: int = 2) -> dict:
     quartiles = {name: np.quantile(values[warm_up:], (0.5, 0.25, 0.75)).tolist() for name, values in seconds.items()}
     return {name: dict(zip(("median", "low", "high"), quartiles[name], strict=True)) | memory[name] for name in cases}
 
-
 def peak_memory(threads: int, device: torch.device, make, *arguments) -> int:
     """In a process of its own: bytes that this case needs at most."""
     torch.set_num_threads(threads)
@@ -72,13 +70,11 @@ def peak_memory(threads: int, device: torch.device, make, *arguments) -> int:
     # Not getrusage: its maximum includes the process that started this one.
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
-
 def matmul_peak(precision: str, args: argparse.Namespace) -> float:
     """The best FLOP/s of a large square matrix product."""
     side = 8192 if args.device.type == "cuda" else 1024
     a = torch.randn(side, side, device=args.device, dtype=getattr(torch, precision))
     return 2 * side**3 / min(seconds_of(a.mm, a, args) for _ in range(5))
-
 
 def forward_flops(config: ViTMSNConfig, patches: int, class_token_only: bool = True) -> int:
     """Of one image through the encoder, a product and its sum as two. class_token_only: in the last layer."""
@@ -86,7 +82,6 @@ def forward_flops(config: ViTMSNConfig, patches: int, class_token_only: bool = T
     queries = n * (config.num_hidden_layers - 1) + (1 if class_token_only else n)  # in all layers; the keys: n in each
     linear = queries * d * (2 * d + 2 * config.intermediate_size) + config.num_hidden_layers * n * 2 * d * d
     return 2 * (patches * config.num_channels * config.patch_size**2 * d + linear + 2 * queries * n * d)
-
 
 def step_flops(config: TrainConfig) -> int:
     """Of one pretraining step: the target's forward pass, the anchors' and their backward pass, twice as much."""
@@ -97,7 +92,6 @@ def step_flops(config: TrainConfig) -> int:
     pixels = 2 * 3 * config.patch_size**2 * config.hidden_size  # need no gradient: one product less for each patch
     per_image = sum(3 * (forward_flops(model, n) + head) - n * pixels for n in anchors)
     return config.batch_size * (per_image + forward_flops(model, whole) + head)
-
 
 # ---- Suites: each returns the rows of its table ----------------------------------------------------------------------
 
@@ -116,7 +110,6 @@ def forward_case(library: str, config: ViTMSNConfig, attn: str, head: str, preci
         model.compile(mode="reduce-overhead" if device.type == "cuda" else None)
     shape = batch, config.num_channels, config.image_size, config.image_size
     return lambda: torch.randn(shape, device=device).to(dtype), torch.inference_mode()(model)
-
 
 def inference(args: argparse.Namespace) -> list[dict]:
     """A row for each precision and batch size, a column for each attention path and library."""
@@ -139,13 +132,11 @@ def inference(args: argparse.Namespace) -> list[dict]:
             rows.append(row)
     return rows
 
-
 def views_case(config: TrainConfig, source: list[int], device: torch.device):
     """All views of a batch of decoded pictures of `source` = height, width."""
     sizes, indices = torch.tensor([source] * config.batch_size), list(range(config.batch_size))
     return (lambda: Batch(torch.randint(0, 256, (len(sizes), 3, *source)).byte(), sizes, indices, []),
             lambda x: make_views(x._replace(images=x.images.to(device)), config, 0, slice(0, len(sizes))))
-
 
 def step_parts(config: TrainConfig, attn: str, source: list[int], device: torch.device) -> dict:
     """A whole pretraining step from decoded pictures, and its parts by themselves. attn: of the anchor encoder."""
@@ -167,11 +158,9 @@ def step_parts(config: TrainConfig, attn: str, source: list[int], device: torch.
             "optimizer": (lambda: None, lambda _: optimizer.step()),
             "EMA": (lambda: None, lambda _: model.update_target(now.momentum))}
 
-
 def step_case(*description):
     """Only the whole step."""
     return step_parts(*description)["step"]
-
 
 def train(args: argparse.Namespace) -> list[dict]:
     """A row for each attention path and each value of what varies: a mask ratio, a size, a number."""
@@ -197,7 +186,6 @@ def train(args: argparse.Namespace) -> list[dict]:
                 rows[-1] |= {part: times[part]["median"] / times["step"]["median"] for part in list(parts)[1:]}
     return rows
 
-
 def pillow_view(image: Image.Image, box: list[int], u: dict[str, list], config: TrainConfig, size: int) -> np.ndarray:
     """make_view the usual way: one picture at a time, by Pillow, from the same random numbers. -> size size 3."""
     top, left, height, width = box
@@ -218,7 +206,6 @@ def pillow_view(image: Image.Image, box: list[int], u: dict[str, list], config: 
         image = image.filter(ImageFilter.GaussianBlur(float(np.interp(u["blur"][1], (0, 1), config.blur_sigma))))
     return np.asarray(image)
 
-
 def pillow_case(config: TrainConfig, source: list[int], device: torch.device):
     """The same views as views_case's, by Pillow."""
     pictures, sizes = views_case(config, source, device)[0], torch.tensor([source] * config.batch_size)
@@ -235,7 +222,6 @@ def pillow_case(config: TrainConfig, source: list[int], device: torch.device):
 
     return lambda: [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pictures().images], run
 
-
 def views(args: argparse.Namespace) -> list[dict]:
     """The view generator against Pillow, which computes one picture at a time on the CPU."""
     config = training_config(args)
@@ -245,11 +231,9 @@ def views(args: argparse.Namespace) -> list[dict]:
     return [{"source": "x".join(map(str, args.source_size)), "views": 1 + config.random_views + config.focal_views,
              **results, **rates, "Pillow / ours": results["Pillow"]["median"] / results["ours"]["median"]}]
 
-
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 SUITES = {"inference": inference, "masking": train, "train": train, "growth": train, "views": views}
-
 
 def training_config(args: argparse.Namespace, recipe: str = "demo", **defaults) -> TrainConfig:
     """Settings by train_msn.py's flags: a preset's or recipe's; a bare width changes small-16; else `recipe`."""
@@ -259,7 +243,6 @@ def training_config(args: argparse.Namespace, recipe: str = "demo", **defaults) 
     config = make_config({**small_batch, **defaults, **given, "recipe": recipe, "device": args.device.type})
     args.source_size = args.source_size or [config.image_size * (1 if config.image_size < 64 else 2)] * 2
     return replace(config, precision=choose_precision(config.precision, args.device))
-
 
 def make_parser() -> argparse.ArgumentParser:
     """One subcommand for each suite."""
@@ -290,14 +273,12 @@ def make_parser() -> argparse.ArgumentParser:
             sub.add_argument("--against", nargs="+", choices=("transformers",), default=[])
     return parser
 
-
 def show(value) -> str:
     """A cell of the table: a text, a number, or a Result of measure()."""
     if isinstance(value, dict):
         times = "{:.4g} [{:.4g}, {:.4g}]".format(*(1000 * value[name] for name in ("median", "low", "high")))
         return times + (f", {value['memory']:.0f} MiB" if "memory" in value else "")
     return (f"{value:.3g}" if value < 100 else f"{value:.0f}") if isinstance(value, float) else str(value)
-
 
 def main(argv: list[str]) -> None:
     """The command line; without a suite, inference."""
@@ -324,7 +305,6 @@ def main(argv: list[str]) -> None:
     if args.json:
         content = {"suite": args.suite, "machine": machine, "flags": vars(args), "rows": rows}
         write_file(Path(args.json), json.dumps(content, indent=2, default=str).encode())
-
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

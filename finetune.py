@@ -46,7 +46,6 @@ SCRATCH_RATES = (3e-4, 1e-3, 3e-3)  # to choose from
 L2_GRID = (0.00025, 0.0025, 0.025, 0.25, 2.5)  # for cross-validation; the published values are among them
 HEAD_L2 = 0.1  # of the probe that fine-tuning starts from: milder than 0.0025, whose certainty leaves little to learn
 
-
 @dataclass(frozen=True)
 class FinetuneConfig:
     """All settings. `numbers` are the kind and limits of those that are lists with commas between."""
@@ -100,14 +99,12 @@ class FinetuneConfig:
             raise UsageError(f"{name}={getattr(self, name)} is out of range; use {limits[0]:g} to {limits[1]:g}.")
         return values
 
-
 # ---- Logistic probe on frozen features (Appendix A.2) ----------------------------------------------------------------
 
 def center_and_scale(features: Tensor) -> Tensor:
     """Each row minus its own mean, then to unit length, in float64. features: n d -> n d."""
     rows = features.double()
     return F.normalize(rows - rows.mean(dim=-1, keepdim=True), dim=-1)
-
 
 def fit_logistic_probe(rows: Tensor, labels: Tensor, num_classes: int, l2: float, tolerance: float = 1e-12) -> Tensor:
     """The minimiser W of mean cross-entropy + (l2 / n) / 2 |W|^2, no intercept (scikit-learn's C = 1 / l2), by Newton's
@@ -143,7 +140,6 @@ def fit_logistic_probe(rows: Tensor, labels: Tensor, num_classes: int, l2: float
         w = w - size * step
     return w @ basis.T
 
-
 def choose_l2(rows: Tensor, labels: Tensor, num_classes: int) -> float:
     """Lambda with the least loss in a stratified cross-validation on these labelled rows alone, of at most 5 folds.
     With one image in some class there is nothing to validate on: then the published 0.0025."""
@@ -155,7 +151,6 @@ def choose_l2(rows: Tensor, labels: Tensor, num_classes: int) -> float:
         return F.cross_entropy(rows[fold == i] @ w.T, labels[fold == i], reduction="sum").item()
 
     return 0.0025 if folds < 2 else min(L2_GRID, key=lambda l2: sum(loss(l2, i) for i in range(folds)))
-
 
 # ---- Labelled sets: which training images have labels. A label of -1 marks an image that must not be drawn -----------
 
@@ -171,7 +166,6 @@ def draw_labelled(labels: Tensor, per_class: int | list[int], seed: int, names: 
                              "for; ask for fewer labels.")
         chosen += members[:count].tolist()
     return chosen
-
 
 def read_label_list(path: Path, images: Dataset) -> list[int]:
     """The images that a text file names, one a line: NAME, or CLASS/NAME or train/CLASS/NAME."""
@@ -189,7 +183,6 @@ def read_label_list(path: Path, images: Dataset) -> list[int]:
         raise UsageError(f"{path}: {len(wrong)} of {len(lines)} lines name no training image or several: {wrong[0]}.")
     return sorted({named[line][0] for line in lines})
 
-
 def readable(images: Dataset, indices: list[int], seen: set[str]) -> list[int]:
     """The indices without those whose file is no readable image; each of them is named once."""
     bad = {i for i in indices if isinstance(images, ImageFiles) and images.read(i) is None}
@@ -197,7 +190,6 @@ def readable(images: Dataset, indices: list[int], seen: set[str]) -> list[int]:
         seen.add(path)
         print(f"{path} is no readable image: skipped ({len(seen)} so far)", file=sys.stderr, flush=True)
     return [i for i in indices if i not in bad]
-
 
 def draw_columns(config: FinetuneConfig, data: Images, seen: set[str]) -> tuple[dict[str, list[list[int]]], list[int]]:
     """Columns of the table, name -> the labelled images of each draw; and the tuning part, up to 25 training images of
@@ -225,7 +217,6 @@ def draw_columns(config: FinetuneConfig, data: Images, seen: set[str]) -> tuple[
         columns["100 %"] = [readable(data.train, list(range(len(labels))), seen)]
     return columns, tuning
 
-
 # ---- Fine-tuning, and training from scratch (Appendix A.4; its RandAugment, Mixup and CutMix are left out) -----------
 
 def layerwise_groups(model: Classifier, lr: float, decay: float, weight_decay: float) -> list[dict]:
@@ -238,7 +229,6 @@ def layerwise_groups(model: Classifier, lr: float, decay: float, weight_decay: f
         groups.setdefault((below, parameter.ndim > 1), []).append(parameter)
     return [{"params": parameters, "lr": lr * decay**below, "weight_decay": weight_decay if matrices else 0.0}
             for (below, matrices), parameters in groups.items()]
-
 
 def build_classifier(encoder: ViTMSNModel, classes: list[str], config: FinetuneConfig, device: torch.device,
                      probe: Tensor | None = None) -> Classifier:
@@ -254,7 +244,6 @@ def build_classifier(encoder: ViTMSNModel, classes: list[str], config: FinetuneC
         model.classifier.weight.data.copy_(probe / encoder.config.hidden_size**0.5)
     model.set_attn_implementation("sdpa" if device.type == "cuda" else "eager")  # as in pretraining
     return model.to(device)
-
 
 def train_classifier(model: Classifier, images: Dataset, labels: Tensor, indices: list[int],
                      config: FinetuneConfig, lr: float, layer_decay: float, seed: int, verbose: bool = False) -> None:
@@ -289,14 +278,12 @@ def train_classifier(model: Classifier, images: Dataset, labels: Tensor, indices
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
     model.eval()
 
-
 @torch.no_grad()
 def classify(model: Classifier, images: Dataset, indices: list[int]) -> Tensor:
     """Class probabilities of whole images (which must be readable) -> rows classes, on the CPU."""
     device = model.classifier.weight.device
     features, _ = embed_images(model.vit, images, indices, model.config.image_size, device)
     return model.classifier(model.vit.norm(features.to(device))).softmax(dim=-1).cpu()
-
 
 # ---- The table. An Experiment holds no validation label: `measure` alone sees them, after the predictions are made ---
 
@@ -360,7 +347,6 @@ class Experiment:
         w = fit_logistic_probe(rows, labels, count, self.config.l2 or choose_l2(rows, labels, count), 1e-8)
         return (center_and_scale(val) @ w.T).argmax(dim=-1)
 
-
 def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> dict[tuple[str, str], str]:
     """The cells of the table, (method, column) -> text. table.csv and table.png grow with each method."""
     config, truth, cells, rows, lines = experiment.config, val_labels[experiment.val], {}, [], {}
@@ -382,14 +368,12 @@ def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> dict[tu
             name: sorted(line) for name, line in lines.items()}}, log_x=True)
     return cells
 
-
 def write_csv(path: Path, header: tuple, rows: list[tuple]) -> None:
     """A table, whole or not at all."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, text.getvalue().encode())
-
 
 def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel | Classifier:
     """The encoder or classifier of a checkpoint, at --image-size. Raises UsageError if it can't be that."""
@@ -408,7 +392,6 @@ def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel 
     model = (Classifier if classifier else ViTMSNModel)(model_config)
     load_weights(model, weights, config.checkpoint)
     return model.to(start_processes(config).device).eval()
-
 
 def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     """Encoder, data and draws -> the experiment, the validation labels, the folder in which results go by default."""
@@ -440,7 +423,6 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
                 "pixels": None}
     return Experiment(config, encoders, data._replace(val_labels=None), val, columns, tuning), data.val_labels, home
 
-
 def make_table(config: FinetuneConfig) -> None:
     """The label-efficiency table, as text, CSV and plot."""
     experiment, val_labels, home = open_experiment(config)
@@ -452,7 +434,6 @@ def make_table(config: FinetuneConfig) -> None:
         print(f"{method:<10}" + "".join(f"{cells.get((method, name), '-'):>13}" for name in names))
     write_file(folder / "config.json", json.dumps(asdict(experiment.config), indent=2).encode())
     print(f"written: {folder}/table.csv, table.png, config.json", flush=True)
-
 
 # ---- Using a model: train, predict, attention, embed, neighbours -----------------------------------------------------
 
@@ -472,12 +453,10 @@ def train_and_save(config: FinetuneConfig) -> None:
     write_csv(folder / "accuracy.csv", ("class", "images", "accuracy"), rows)
     print("\n".join(f"{name:<20} {accuracy:7.1%} of {count}" for name, count, accuracy in rows) + f"\nsaved: {folder}")
 
-
 class Pictures(ImageFiles):
     """Picture files of which some may be unreadable, and that may be few."""
     def __init__(self, paths: list[Path], side: int):
         self.paths, self.side, self.free_bytes, self.cache = paths, side, 2**28, {}
-
 
 def open_pictures(names: list[str], model: ViTMSNModel | Classifier) -> Pictures:
     """The readable ones among files and the pictures in folders; others are named and counted."""
@@ -488,7 +467,6 @@ def open_pictures(names: list[str], model: ViTMSNModel | Classifier) -> Pictures
     print(f"{len(good)} pictures, {len(paths) - len(good)} unreadable files skipped", file=sys.stderr)
     return Pictures([paths[i] for i in good], side)
 
-
 def predict(config: FinetuneConfig, model: Classifier, pictures: Pictures) -> None:
     """The likeliest classes of each picture."""
     rows, best = [], classify(model, pictures, list(range(len(pictures)))).sort(dim=-1, descending=True)
@@ -498,7 +476,6 @@ def predict(config: FinetuneConfig, model: Classifier, pictures: Pictures) -> No
         rows += [(path, place, name, f"{p:.6f}") for place, (name, p) in enumerate(guesses, 1)]
     if config.csv:
         write_csv(Path(config.csv), ("image", "place", "class", "probability"), rows)
-
 
 @torch.no_grad()
 def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> None:
@@ -515,7 +492,6 @@ def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) ->
         save_sheet(folder / f"{i:04d}-{path.stem}.png", [[picture, *lit]], names, cell=224)
     print(f"written: {len(pictures)} sheets in {folder}")
 
-
 def embed(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> None:
     """features.npz: features (n d, float32), paths, and classes: the names of the folders that the pictures lie in."""
     target, indices = Path(config.output or "features.npz"), list(range(len(pictures)))
@@ -524,7 +500,6 @@ def embed(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> Non
         file, features=features.numpy(), paths=np.array([str(path) for path in pictures.paths]),
         classes=np.array([path.parent.name for path in pictures.paths])))
     print(f"written: {target}, {len(features)} rows of {features.shape[1]} features")
-
 
 def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> None:
     """A sheet of evenly spaced queries, each with its nearest among the other pictures by cosine similarity."""
@@ -536,13 +511,11 @@ def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -
     save_neighbours(target, model, data, model.config.image_size, model.cls_token.device)
     print(f"written: {target}")
 
-
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 USING = {"predict": (predict, "top csv"), "attention": (attention, "output_dir"), "embed": (embed, "output"),
          "neighbours": (neighbours, "output")}
 TRAIN = {"labels_per_class": "", "fraction": "1", "seeds": "0", "full": False, "methods": "finetune", "epochs": 10.0}
-
 
 def main(argv: list[str]) -> None:
     """The table, or what the first word says."""
@@ -566,7 +539,6 @@ def main(argv: list[str]) -> None:
         given = TRAIN | ({"fraction": ""} if few else {"crop_scale": (0.3, 1.0), "drop_path_rate": 0.1}) | given
         return train_and_save(FinetuneConfig(**given))
     return make_table(FinetuneConfig(**given))
-
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

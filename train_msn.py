@@ -49,11 +49,9 @@ from vitmsn import (
 class UsageError(ValueError):
     """What the user asked for can't be done: one line on the terminal, exit status 2."""
 
-
 def opt(default, text: str, **limits):
     """A field with its help text and, where not every value makes sense, choices or (low, high)."""
     return field(default=default, metadata={"help": text, **limits})
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -150,7 +148,6 @@ class TrainConfig:
                             self.intermediate_size or 4 * self.hidden_size, image_size=self.image_size,
                             patch_size=self.patch_size, drop_path_rate=self.drop_path_rate)
 
-
 def check_range(f, value) -> None:
     """Raise UsageError if the value of field f is of another kind or outside its limits."""
     pair, seen = f.type is tuple, f"{f.name}={value!r}"
@@ -164,7 +161,6 @@ def check_range(f, value) -> None:
         low, high = f.metadata["range"]
         if not all(low <= v <= high for v in values) or values[0] > values[-1]:
             raise UsageError(f"{seen} is out of range; use {low} to {high}{', the lower one first' if pair else ''}.")
-
 
 SMALL = {  # what serves small images and short runs; the README's table of experiments says how it was found
     "head_hidden_size": 512, "output_dim": 128, "warmup_epochs": 2.0, "lr": 1e-3, "momentum": 0.9, "batch_size": 64,
@@ -192,7 +188,6 @@ RECIPES |= {  # the published ones (paper, Appendix A.1). Views are whole patche
 # Flags that a resumed run may change, because the result is the same.
 FREE_TO_CHANGE = {"resume", "output_dir", "num_workers", "max_steps", "checkpoint_every", "knn_every", "cache_mb"}
 
-
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
     """One --flag for each field of a dataclass; those that are not given stay out of the result."""
     parser.usage = "%(prog)s [--flag value ...], see %(prog)s --help"
@@ -203,14 +198,12 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
                             help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
 
-
 def make_config(given: dict) -> TrainConfig:
     """The recipe's settings, changed by the flags that were given."""
     recipe = given.get("recipe", "demo")
     if recipe not in RECIPES:
         raise UsageError(f"recipe={recipe!r} is not known; use one of {', '.join(RECIPES)}.")
     return TrainConfig(**{**RECIPES[recipe], "recipe": recipe, **given})
-
 
 def run_program(main, argv: list[str] | None = None) -> int:
     """Run a command line: errors are one line for people, unless --debug asks for the traceback. -> exit status."""
@@ -227,18 +220,15 @@ def run_program(main, argv: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
-
 def generator_for(seed: int, *stream: int) -> torch.Generator:
     """A generator that is a pure function of the seed and of what it is for: a name below, then epoch or step, rank."""
     state = np.random.SeedSequence([seed, *stream]).generate_state(2)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
-
 ORDER, VIEWS, MASKS, DROPOUT, IMAGES = range(5)  # streams of random numbers
 
 # ---- Data: built-in images, CIFAR-10, or a folder --------------------------------------------------------------------
 # An image is uint8, c height width.
-
 
 class Batch(NamedTuple):
     """images: b c height width, uint8, smaller ones in the top left corner; sizes: b 2, height and width of each;
@@ -247,7 +237,6 @@ class Batch(NamedTuple):
     sizes: Tensor
     indices: list[int]
     unreadable: list[str]
-
 
 @dataclass(eq=False)
 class ImagesInMemory(Dataset):
@@ -260,7 +249,6 @@ class ImagesInMemory(Dataset):
     def __getitems__(self, indices: list[int]) -> Batch:
         sizes = torch.tensor(self.images.shape[-2:]).expand(len(indices), 2)
         return Batch(self.images[indices], sizes, indices, [])
-
 
 class ImageFiles(Dataset):
     """Images that are read when they are asked for. Pictures whose shorter side is over `side` pixels are reduced to
@@ -307,7 +295,6 @@ class ImageFiles(Dataset):
             row[:, :image.shape[1], :image.shape[2]] = image
         return Batch(canvas, sizes, used, unreadable)
 
-
 def load_image(path: Path, side: int) -> Tensor:
     """A picture file as uint8 3 height width, upright, its shorter side at most `side` (the longer: four times)."""
     with warnings.catch_warnings():
@@ -320,7 +307,6 @@ def load_image(path: Path, side: int) -> Tensor:
         image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR, reducing_gap=2)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
-
 class Images(NamedTuple):
     """A data set. Labels are class numbers, or None where there are none; val is None if there is no such part."""
     classes: list[str]
@@ -329,13 +315,11 @@ class Images(NamedTuple):
     val: Dataset | None
     val_labels: Tensor | None
 
-
 def open_data(config: TrainConfig) -> Images:
     """What --data names: synthetic, cifar10, or a folder."""
     if config.data in ("synthetic", "cifar10"):
         return synthetic_images(config.seed) if config.data == "synthetic" else cifar10_images(Path(config.data_dir))
     return folder_images(Path(config.data), 2 * config.image_size, config.cache_mb * 2**20 // (config.num_workers + 1))
-
 
 def smooth_noise(count: int, size: int, width: float, rng: np.random.Generator) -> np.ndarray:
     """Gaussian noise blurred by `width` pixels, of deviation 1. -> count size size."""
@@ -343,7 +327,6 @@ def smooth_noise(count: int, size: int, width: float, rng: np.random.Generator) 
     spectrum = np.fft.fft2(rng.standard_normal((count, size, size))) * np.exp(-2 * (np.pi * width) ** 2 * frequency)
     noise = np.fft.ifft2(spectrum).real
     return noise / noise.std(axis=(1, 2), keepdims=True)
-
 
 cos, sin, tanh, pi = np.cos, np.sin, np.tanh, np.pi
 TEXTURES = {  # u, v: phases in two directions at right angles; n(width): smooth noise; all count size size
@@ -358,7 +341,6 @@ TEXTURES = {  # u, v: phases in two directions at right angles; n(width): smooth
     "blobs": lambda u, v, n: tanh(2 * n(1.5)),
     "grain": lambda u, v, n: tanh(2 * n(0.3))}
 
-
 def draw_texture(kind: str, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Grey textures of one kind, each with its own turn, period, phase and bends. -> count size size."""
     shape = (count, 1, 1)
@@ -369,7 +351,6 @@ def draw_texture(kind: str, count: int, size: int, rng: np.random.Generator) -> 
     u = 2 * np.pi * (np.cos(turn) * x + np.sin(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
     v = 2 * np.pi * (-np.sin(turn) * x + np.cos(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
     return TEXTURES[kind](u, v, lambda width: smooth_noise(count, size, width, rng))
-
 
 def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 32) -> Images:
     """Ten kinds of grey texture. The class is what any two crops of an image have in common; place, turn, period and
@@ -388,10 +369,8 @@ def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 
     return Images(list(TEXTURES), ImagesInMemory(images[:train]), labels[:train], ImagesInMemory(images[train:]),
                   labels[train:])
 
-
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-
 
 class PickledArray:
     """Keeps what a pickle would hand to numpy, whose own functions trust it: an array of objects at any address."""
@@ -401,7 +380,6 @@ class PickledArray:
     def __setstate__(self, state):
         self.state = state
 
-
 class CifarUnpickler(pickle.Unpickler):
     """CIFAR-10's files are pickles. This one calls nothing of anyone's: arrays stay what the file says of them."""
     def find_class(self, module, name):
@@ -410,7 +388,6 @@ class CifarUnpickler(pickle.Unpickler):
         if not re.fullmatch(r"numpy(\._?core\.multiarray)?\.(_reconstruct|ndarray|dtype)", f"{module}.{name}"):
             raise ValueError(f"it asks for {module}.{name}, which no CIFAR-10 file does")
         return PickledArray
-
 
 def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
     """One of the original batches -> images n 3 32 32 (uint8), labels n."""
@@ -425,7 +402,6 @@ def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
     except Exception as error:  # an unpickler fed with garbage raises every kind there is
         raise ValueError(f"{path} is no CIFAR-10 python batch: {error}") from None
 
-
 def cifar10_images(data_dir: Path) -> Images:
     """The data_batch_* files that are there; if there are none, the archive is downloaded, checked and unpacked."""
     found = [f for f in (data_dir, data_dir / "cifar-10-batches-py") if (f / "test_batch").is_file()]
@@ -437,7 +413,6 @@ def cifar10_images(data_dir: Path) -> Images:
     val, val_labels = read_cifar_batch(folder / "test_batch")
     classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     return Images(classes, ImagesInMemory(train), train_labels, ImagesInMemory(val), val_labels)
-
 
 def download_cifar10(data_dir: Path) -> Path:
     """Fetch the archive from the authors' page, check it, unpack its batches (and nothing else) into data_dir."""
@@ -452,9 +427,7 @@ def download_cifar10(data_dir: Path) -> Path:
             write_file(folder / name, tar.extractfile(f"cifar-10-batches-py/{name}").read())
     return folder
 
-
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-
 
 def image_paths(folder: Path) -> list[Path]:
     """All picture files below a folder, in a fixed order. Raises UsageError if there are none."""
@@ -464,7 +437,6 @@ def image_paths(folder: Path) -> list[Path]:
     if not paths:
         raise UsageError(f"{folder} holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}).")
     return paths
-
 
 def folder_images(folder: Path, side: int, cache_bytes: int) -> Images:
     """train/CLASS/* and val/CLASS/* (only CLASS folders: labels), or any tree of images without labels."""
@@ -479,7 +451,6 @@ def folder_images(folder: Path, side: int, cache_bytes: int) -> Images:
     labels, val_labels = (torch.tensor([classes.index(p.parent.name) for p in part]) for part in (paths, val_paths))
     return Images(classes, images, labels, ImageFiles(val_paths, side, cache_bytes), val_labels)
 
-
 def step_batches(config: TrainConfig, num_images: int, steps: range, rows: slice) -> Iterator[list[int]]:
     """Which images each step of this process takes: the epoch's order is drawn from (seed, epoch), the global batch of
     the step is a stretch of it, and the process takes its rows."""
@@ -489,13 +460,11 @@ def step_batches(config: TrainConfig, num_images: int, steps: range, rows: slice
             order = torch.randperm(num_images, generator=generator_for(config.seed, ORDER, epoch))
         yield order[place * config.batch_size:][rows].tolist()
 
-
 # ---- Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur; whole batches on the training device
 
 # Uniform numbers per view and image. They are drawn on the CPU for the global batch, whatever the number of processes.
 TRIES = 10  # of a crop that fits
 DRAWS = {"crop": 2 * TRIES + 2, "flip": 1, "jitter": 1, "factors": 4, "order": 4, "grey": 1, "blur": 2}
-
 
 def crop_boxes(u: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:
     """Random resized crop: area uniform in `scale`, aspect ratio log-uniform in [3/4, 4/3], the first of ten tries that
@@ -511,7 +480,6 @@ def crop_boxes(u: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:
     top, left = (place[:, 0] * (height - h + 1)).floor(), (place[:, 1] * (width - w + 1)).floor()
     return torch.stack([top, left, h, w], dim=1).long()
 
-
 def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> Tensor:
     """One axis of a bilinear resize with antialiasing (Pillow's): pixels start ... start + length - 1 of num_inputs
     become `size`, each a triangle-weighted mean of those around its centre. start, length: b -> b size num_inputs."""
@@ -522,7 +490,6 @@ def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> 
     end = (start + length)[:, None, None]
     weights = weights * ((position > start[:, None, None]) & (position < end))
     return weights / weights.sum(dim=-1, keepdim=True)
-
 
 def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     """Cut a box out of each image and resize it, as two matrix products per image; a flip reverses one of them.
@@ -541,11 +508,9 @@ def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> T
     half = rearrange(half, "b (c h) w -> b h (c w)", h=height)
     return rearrange(torch.bmm(rows.to(images.device), half), "b h (c w) -> b c h w", w=size)
 
-
 def to_grey(pixels: Tensor) -> Tensor:
     """Luma of RGB (ITU-R 601-2, as Pillow). pixels: b 3 h w -> b 1 h w."""
     return (pixels * pixels.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1, keepdim=True)
-
 
 def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` of a full circle; saturation and value stay. pixels: b 3 h w, shift: b 1 1 1."""
@@ -560,18 +525,15 @@ def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     centre, sign, height = hue.new_tensor([[3, 2, 4], [1, -1, -1], [-1, 2, 2]])[..., None, None]
     return least + chroma * ((hue - centre).abs() * sign + height).clamp(0, 1)
 
-
 def blend(pixels: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
     """factor * pixels + (1 - factor) * other, kept in [0, 1]."""
     return (other + factor * (pixels - other)).clamp(0, 1)
-
 
 COLOR_OPERATIONS = (  # brightness, contrast, saturation, hue, as torchvision and Pillow define them
     lambda x, f: blend(x, 0.0, f),
     lambda x, f: blend(x, to_grey(x).mean(dim=(1, 2, 3), keepdim=True), f),
     lambda x, f: blend(x, to_grey(x), f),
     adjust_hue)
-
 
 def color_jitter(pixels: Tensor, strength: float, apply: Tensor, u_factors: Tensor, u_order: Tensor) -> Tensor:
     """SimCLR's colour jitter: four adjustments in an order of each image's own. pixels: b 3 h w in [0, 1]; apply: b;
@@ -588,7 +550,6 @@ def color_jitter(pixels: Tensor, strength: float, apply: Tensor, u_factors: Tens
                 pixels.index_copy_(0, rows, operation(pixels.index_select(0, rows), factor))
     return pixels
 
-
 def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
     """Blur by a Gaussian, a matrix product per axis; weights that fall outside are left out. sigma: b, in pixels."""
     place = torch.arange(pixels.shape[-1], device=pixels.device)
@@ -597,11 +558,9 @@ def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
     weights = exponent.masked_fill(exponent < -20, -math.inf).softmax(dim=-1)[:, None]
     return weights @ pixels @ weights.transpose(-1, -2)
 
-
 def draw_views(batch: int, views: int, generator: torch.Generator) -> dict[str, Tensor]:
     """All uniform numbers that the views of a batch need: name -> v b count."""
     return {name: torch.rand(views, batch, count, generator=generator) for name, count in DRAWS.items()}
-
 
 def make_view(batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size: int, scale: tuple) -> Tensor:
     """One view of each image as the network sees it. draws: name -> b count (on the CPU) -> b 3 size size."""
@@ -617,7 +576,6 @@ def make_view(batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size:
         sigma, blurred = (x.to(pixels.device) for x in (low + (high - low) * draws["blur"][blurred, 1], blurred))
         pixels[blurred] = gaussian_blur(pixels[blurred], sigma)
     return normalize(pixels)
-
 
 def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tuple[list[Tensor], list[Tensor | None]]:
     """Target view, then the anchor views (random, focal), and the patches to keep of each anchor view: a pure function
@@ -635,18 +593,15 @@ def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tup
     keep = [mask.to(batch.images.device, non_blocking=True) for mask in masks]
     return views, keep + [None] * config.focal_views
 
-
 # ---- Schedules (Appendix A.1) ----------------------------------------------------------------------------------------
 
 def linear(step: float, total_steps: float, start: float, final: float) -> float:
     """From start, exact at step 0, to final at total_steps."""
     return start + (final - start) * step / total_steps
 
-
 def cosine(step: float, total_steps: float, start: float, final: float) -> float:
     """Half a cosine from start at step 0 to final at total_steps; does not turn back after that."""
     return final + (start - final) * (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2
-
 
 def warmup_cosine(step: float, warmup_steps: int, total_steps: int, start: float, peak: float, final: float) -> float:
     """Linear from start to peak in warmup_steps, then a cosine to final at total_steps."""
@@ -654,14 +609,12 @@ def warmup_cosine(step: float, warmup_steps: int, total_steps: int, start: float
         return linear(step, warmup_steps, start, peak)
     return cosine(step - warmup_steps, max(1, total_steps - warmup_steps), peak, final)
 
-
 class StepValues(NamedTuple):
     """What the schedules say for one step."""
     lr: float
     weight_decay: float
     momentum: float
     sharpening: float
-
 
 def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepValues:
     """A pure function of the step (from 0). As published, learning rate and weight decay are advanced before they are
@@ -673,7 +626,6 @@ def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepVal
         weight_decay=cosine(step + 1, int(stretched), config.weight_decay, config.final_weight_decay),
         momentum=linear(step, stretched, config.momentum, config.final_momentum),
         sharpening=linear(step, stretched, config.sharpening, config.final_sharpening))
-
 
 # ---- Many processes: all that knows of torch.distributed; one process needs none of it -------------------------------
 
@@ -689,7 +641,6 @@ class AllReduceSum(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         return AllReduceSum.apply(grad)
 
-
 def all_processes(x: Tensor, op: str) -> Tensor:
     """The reduction that vitmsn.msn_loss asks for: "sum" (with its gradient) or "max" (without) over all processes."""
     if op == "sum":
@@ -697,7 +648,6 @@ def all_processes(x: Tensor, op: str) -> Tensor:
     x = x.detach().clone()
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
-
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
     """Batch norm with the statistics of the batch of all processes (torch's own refuses CPU tensors). x: rows d."""
@@ -713,7 +663,6 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked += 1
         return ((working - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
-
 
 @dataclass(frozen=True)
 class Processes:
@@ -731,9 +680,7 @@ class Processes:
         """Mean over all processes."""
         return x if self.count == 1 else all_processes(x, "sum") / self.count
 
-
 JOIN_TIMEOUT = timedelta(minutes=5)  # in which all processes must appear
-
 
 def start_processes(config: TrainConfig) -> Processes:
     """Join the process group that torchrun describes in the environment; without torchrun, one process."""
@@ -756,7 +703,6 @@ def start_processes(config: TrainConfig) -> Processes:
         dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=count, timeout=timeout)
     return Processes(rank, count, torch.device("cuda", local) if gpus else torch.device("cpu"))
 
-
 # ---- One training step -----------------------------------------------------------------------------------------------
 
 def choose_precision(wanted: str, device: torch.device) -> str:
@@ -766,7 +712,6 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     fast = (torch.cuda.get_device_capability(device)[0] >= 8 if device.type == "cuda"
             else getattr(torch.cpu, "_is_amx_tile_supported", bool)())
     return "bfloat16" if fast else "float32"
-
 
 def build_model(config: TrainConfig, processes: Processes) -> ViTMSNForPreTraining:
     """The Masked Siamese Network of these settings, its weights a function of the seed alone."""
@@ -793,7 +738,6 @@ def build_model(config: TrainConfig, processes: Processes) -> ViTMSNForPreTraini
         model.double()
     return model.to(processes.device).train()
 
-
 def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[dict]:
     """For AdamW. Decayed: encoder parameters of two or more dimensions, as published with class token and positions
     among them. Not decayed: biases and norms; the prototypes."""
@@ -802,11 +746,9 @@ def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[d
             {"params": [p for p in encoder if p.ndim < 2], "weight_decay": 0.0},
             {"params": [model.prototypes], "weight_decay": 0.0}]
 
-
 def make_optimizer(model: ViTMSNForPreTraining, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW in one fused kernel per group: it reads and writes each parameter once."""
     return torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
-
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: Tensor, anchor_views: list[Tensor],
                patches_to_keep: list[Tensor | None], now: StepValues, clip_grad: float,
@@ -833,7 +775,6 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
     network.update_target(now.momentum)
     return loss, grad_norm
 
-
 # ---- Evaluation: k nearest neighbours of frozen features -------------------------------------------------------------
 
 @torch.no_grad()
@@ -858,7 +799,6 @@ def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int
         encoder.train()
     return torch.cat(features), kept
 
-
 def knn_predict(train_features: Tensor, train_labels: Tensor, features: Tensor, k: int = 20,
                 temperature: float = 0.07) -> Tensor:
     """Class of each row by its k nearest training rows: cosine similarity, votes weighted by exp(similarity / T).
@@ -873,7 +813,6 @@ def knn_predict(train_features: Tensor, train_labels: Tensor, features: Tensor, 
         predicted.append(votes.argmax(dim=-1))
     return torch.cat(predicted)
 
-
 def knn_accuracy(encoder: ViTMSNModel | None, data: Images, config: TrainConfig, device: torch.device,
                  k: int = 20) -> float:
     """Share of validation images that k-NN on the training images gets right. encoder None: raw pixels."""
@@ -883,12 +822,10 @@ def knn_accuracy(encoder: ViTMSNModel | None, data: Images, config: TrainConfig,
     predicted = knn_predict(train, data.train_labels[train_kept], val, k)
     return (predicted == data.val_labels[val_kept]).float().mean().item()
 
-
 # ---- The run's folder: settings, metrics, checkpoints ----------------------------------------------------------------
 
 METRICS = ("step", "epoch", "loss", "cross_entropy", "memax", "entropy", "prototypes_used", "top_assignment",
            "grad_norm", *StepValues._fields, "images_per_second", "elapsed_seconds")
-
 
 def open_table(path: Path, columns: tuple[str, ...], keep_before: int) -> TextIO:
     """A CSV file to which rows are printed; when a run is resumed, it loses those after the checkpoint."""
@@ -896,12 +833,10 @@ def open_table(path: Path, columns: tuple[str, ...], keep_before: int) -> TextIO
     write_file(path, "".join(",".join(row) + "\n" for row in (columns, *rows)).encode())
     return open(path, "a", encoding="utf-8")
 
-
 def read_table(path: Path) -> list[dict[str, str]]:
     """The whole rows of a CSV file; none if it is not there. A last row that was cut off is left out."""
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.is_file() else ""
     return list(csv.DictReader(io.StringIO(whole)))
-
 
 def save_checkpoint(folder: Path, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer, config: TrainConfig,
                     step: int, elapsed: float) -> None:
@@ -919,10 +854,8 @@ def save_checkpoint(folder: Path, model: ViTMSNForPreTraining, optimizer: torch.
         os.replace(last, folder / "checkpoint-previous.pt")
     os.replace(newest, last)
 
-
 CHECKPOINT = {"target_encoder": dict, "encoder": dict, "prototypes": Tensor, "optimizer": dict, "step": int,
               "elapsed": float, "config": dict}
-
 
 def load_checkpoint(folder: Path) -> dict | None:
     """The newest whole checkpoint of a run, None if there is none; a damaged one is named and the one before taken."""
@@ -939,7 +872,6 @@ def load_checkpoint(folder: Path) -> dict | None:
     if found:
         raise ValueError(f"no checkpoint in {folder} can be read; start again in another folder.")
     return None
-
 
 def restore(content: dict, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's content back. Raises ValueError if it is of another architecture or not finite."""
@@ -958,7 +890,6 @@ def restore(content: dict, model: ViTMSNForPreTraining, optimizer: torch.optim.O
     except Exception as error:  # what is in it may be of any kind
         raise ValueError(f"the checkpoint does not fit these settings: {error}") from None
 
-
 def choose_folder(config: TrainConfig) -> Path:
     """The run's folder: as asked for, else the newest of this recipe (--resume) or the next free number."""
     if config.output_dir:
@@ -966,7 +897,6 @@ def choose_folder(config: TrainConfig) -> Path:
     numbers = [p.name.removeprefix(f"{config.recipe}-") for p in Path("runs").glob(f"{config.recipe}-*")]
     last = max((int(n) for n in numbers if n.isdecimal()), default=0)
     return Path("runs") / f"{config.recipe}-{max(last, 1) if config.resume else last + 1:03d}"
-
 
 def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
     """Settings and checkpoint of a run that starts or goes on in `folder`. Raises UsageError if the folder holds a run
@@ -987,7 +917,6 @@ def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
     settings = {**saved, "max_steps": 0, **{name: v for name, v in given.items() if name in FREE_TO_CHANGE}}
     return TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings}), content
 
-
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 def to_picture(pixels: Tensor, keep: Tensor | None = None, patch_size: int = 1) -> np.ndarray:
@@ -999,7 +928,6 @@ def to_picture(pixels: Tensor, keep: Tensor | None = None, patch_size: int = 1) 
         kept = np.isin(np.arange(side * side), keep.cpu().numpy()).reshape(side, side, 1)
         picture = np.where(kept.repeat(patch_size, 0).repeat(patch_size, 1), picture, np.uint8([255, 220, 180]))
     return picture
-
 
 def save_sheet(path: Path, rows: list[list[np.ndarray]], header: list[str], cell: int = 96) -> None:
     """A table of pictures, the columns named; those of a row at one scale, so a focal view is seen to be smaller."""
@@ -1013,7 +941,6 @@ def save_sheet(path: Path, rows: list[list[np.ndarray]], header: list[str], cell
             sheet.paste(image, (c * (cell + 4), 16 + r * (cell + 4)))
     write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
 
-
 def save_views(path: Path, views: list[Tensor], keep: list[Tensor | None], config: TrainConfig) -> None:
     """A sheet of what the network sees: for a few images the target view and the anchor views with their masks."""
     header = ["target view", *(f"random {i + 1}" for i in range(config.random_views)),
@@ -1021,7 +948,6 @@ def save_views(path: Path, views: list[Tensor], keep: list[Tensor | None], confi
     rows = [[to_picture(view[b], None if mask is None else mask[b], config.patch_size)
              for view, mask in zip(views[:8], [None, *keep][:8], strict=True)] for b in range(min(6, len(views[0])))]
     save_sheet(path, rows, header)
-
 
 def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, size: int, device: torch.device) -> None:
     """A sheet of validation images, each with its nearest training images by cosine similarity."""
@@ -1036,9 +962,7 @@ def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, size: int, d
     rows = [[images.__getitems__([i]).images[0].permute(1, 2, 0).numpy() for images, i in row] for row in rows]
     save_sheet(path, rows, ["query", *(f"nearest {i + 1}" for i in range(nearest.shape[1]))])
 
-
 COLORS = ("#1f5fa8", "#c8501e", "#2f8a4a", "#7a4fa0", "#8a6d1f", "#555555", "#c02070")
-
 
 def save_plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: bool = False) -> None:
     """Line plots side by side: panel title -> series name -> points (x, y)."""
@@ -1064,7 +988,6 @@ def save_plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]
             draw.text((left, height - 8 + 16 * s), f"- {name}", fill=COLORS[s % len(COLORS)])
     write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
 
-
 def save_curves(folder: Path) -> None:
     """curves.png: the terms of the loss, prototypes in use and k-NN against the step, from the run's tables."""
     rows = read_table(folder / "metrics.csv")
@@ -1073,7 +996,6 @@ def save_curves(folder: Path) -> None:
     used, table = {"prototypes_used": curves.pop("prototypes_used")}, read_table(folder / "knn.csv")
     knn = {"target encoder": [(int(row["step"]), float(row["accuracy"])) for row in table]}
     save_plot(folder / "curves.png", {"loss": curves, "prototypes in use": used, "k-NN accuracy": knn})
-
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
@@ -1114,14 +1036,12 @@ class Record:
             file.flush()
             os.fsync(file.fileno())
 
-
 def listen_for_stop() -> list[str]:
     """A list that gets the signal's name at Ctrl-C or SIGTERM; a second signal ends the program at once."""
     received = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: (received.append(signal.Signals(n).name), signal.signal(n, signal.SIG_DFL)))
     return received
-
 
 def announce(config: TrainConfig, folder: Path, data: Images, model: nn.Module, first: int, last: int) -> None:
     """Write the settings to config.json, and say in a few lines what is about to happen."""
@@ -1137,13 +1057,11 @@ def announce(config: TrainConfig, folder: Path, data: Images, model: nn.Module, 
           f"{config.mask_ratio}), {config.focal_views} focal of {config.focal_size} pixels; {config.precision} on "
           f"{model.prototypes.device}, {model.anchor_encoder.config.attn_implementation} attention", flush=True)
 
-
 def report_unreadable(batch: Batch, seen: set[str]) -> None:
     """Name each file that can't be read once."""
     for path in set(batch.unreadable) - seen:
         seen.add(path)
         print(f"\n{path} is no readable image ({len(seen)} so far); the next one stands in", file=sys.stderr)
-
 
 def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: TrainConfig, step: int, elapsed: float):
     """The encoder as a folder that transformers loads, the pictures, and the comparison with what needs no training."""
@@ -1161,7 +1079,6 @@ def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: 
             print(f"k-NN accuracy, {name + ':':<19} {summary[name]:.3f}", flush=True)
     write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
     print(f"done in {summary['minutes']} minutes: {folder}/encoder, curves.png, neighbours.png, views.png", flush=True)
-
 
 def train(config: TrainConfig, folder: Path, content: dict | None, processes: Processes) -> None:
     """The whole run: set up, loop, finish. content: the checkpoint from which it goes on, or None."""
@@ -1214,7 +1131,6 @@ def train(config: TrainConfig, folder: Path, content: dict | None, processes: Pr
     if chief:
         finish_run(folder, network, data, config, last_step, record.elapsed())
 
-
 def main(argv: list[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1226,7 +1142,6 @@ def main(argv: list[str]) -> None:
     train(config, folder, content, processes)
     if processes.count > 1:
         dist.barrier()  # the first process still evaluates
-
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

@@ -49,7 +49,6 @@ PRESETS = {  # the published shapes (paper, Section 4): name -> width, layers, h
     "small-16": (384, 12, 6, 16), "base-16": (768, 12, 12, 16), "base-8": (768, 12, 12, 8),
     "base-4": (768, 12, 12, 4), "large-16": (1024, 24, 16, 16), "large-7": (1024, 24, 16, 7)}
 
-
 @dataclass
 class ViTMSNConfig:
     """Architecture of a ViTMSN. Names, defaults and meaning are those of transformers' ViTMSNConfig.
@@ -150,14 +149,12 @@ class ViTMSNConfig:
         """Patches along each side of a whole image."""
         return self.image_size // self.patch_size
 
-
 # ---- Outputs, loading and saving: the surface of transformers, no part of the method --------------------------------
 def output(output_class: type) -> type:
     """A dataclass that torch.compile, torch.export and DataParallel can look into."""
     pytree.register_pytree_node(output_class, lambda out: (list(vars(out).values()), None),
                                 lambda values, _: output_class(*values), serialized_type_name=output_class.__name__)
     return dataclass(output_class)
-
 
 @output
 class ViTMSNModelOutput:
@@ -167,7 +164,6 @@ class ViTMSNModelOutput:
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
-
 @output
 class ViTMSNClassifierOutput:
     """logits: b num_labels. loss: scalar, if labels were given. The others as in ViTMSNModelOutput."""
@@ -176,11 +172,9 @@ class ViTMSNClassifierOutput:
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
-
 def finish(out):
     """What forward returns: the output object, but for torch.jit.trace, which knows only tuples of tensors."""
     return tuple(x for x in vars(out).values() if x is not None) if torch.jit.is_tracing() else out
-
 
 class PretrainedMixin:
     """What the backbone and the classifier share of transformers' surface."""
@@ -229,7 +223,6 @@ class PretrainedMixin:
         for block in getattr(self, "vit", self).blocks:
             block.attn.implementation = implementation
 
-
 # ---- Patchify and Mask (paper, Section 3) ----------------------------------------------------------------------------
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images into non-overlapping patches, row by row. Pixels that do not fill a patch are dropped.
@@ -238,12 +231,10 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     height, width = images.shape[-2] // p * p, images.shape[-1] // p * p
     return rearrange(images[..., :height, :width], "b c (gh p1) (gw p2) -> b (gh gw) (c p1 p2)", p1=p, p2=p)
 
-
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
     """Put patches together again: the inverse of patchify. patches: b (gh gw) (c p p) -> b c height width."""
     return rearrange(patches, "b (gh gw) (c p1 p2) -> b c (gh p1) (gw p2)",
                      gh=grid[0], gw=grid[1], p1=patch_size, p2=patch_size)
-
 
 def num_patches_to_keep(num_patches: int, mask_ratio: float) -> int:
     """floor(n (1 - ratio)), the ratio taken as the decimal it is written as: 25 patches at 0.8 keep 5, where floating
@@ -253,7 +244,6 @@ def num_patches_to_keep(num_patches: int, mask_ratio: float) -> int:
         raise ValueError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches or is not in [0, 1); lower it.")
     return kept
 
-
 def sample_patches_to_keep(batch: int, num_patches: int, mask_ratio: float, generator: torch.Generator) -> Tensor:
     """Random mask: which patches stay, ascending, every subset equally likely, by `generator` alone -> (b, kept).
     (The paper's focal mask is a small crop, a view that loses no patches.) Departure: the official code draws one mask
@@ -261,7 +251,6 @@ def sample_patches_to_keep(batch: int, num_patches: int, mask_ratio: float, gene
     kept = num_patches_to_keep(num_patches, mask_ratio)
     order = torch.rand(batch, num_patches, generator=generator, device=generator.device).argsort(dim=1)
     return order[:, :kept].sort(dim=1).values
-
 
 def sample_patches_to_keep_blockwise(batch: int, num_patches: int | tuple[int, int], mask_ratio: float,
                                      generator: torch.Generator) -> Tensor:
@@ -279,11 +268,9 @@ def sample_patches_to_keep_blockwise(batch: int, num_patches: int | tuple[int, i
                              (patch % columns + 0.5 - centre_column * columns).abs() / aspect)
     return distance.argsort(dim=1, descending=True, stable=True)[:, :kept].sort(dim=1).values
 
-
 def take_patches(x: Tensor, patches_to_keep: Tensor) -> Tensor:
     """Rows of x that stay. x: b n d, patches_to_keep: b kept -> b kept d."""
     return x.gather(1, patches_to_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
 
 # ---- Encoder: a pre-norm Vision Transformer whose class token is the representation (paper, Section 3, "Encoder") ----
 def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -293,7 +280,6 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], rearrange(patches, "1 d gh gw -> 1 (gh gw) d")], dim=1)
 
-
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(d_h)) v, written out; returns the probabilities too.
     query: b h nq d_h; key, value: b h n d_h -> (b h nq d_h, b h nq n). Keeps the whole h * nq * n table in memory."""
@@ -301,11 +287,9 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 
     probabilities = F.dropout(scores.softmax(dim=-1), dropout)
     return probabilities @ value, probabilities
 
-
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, None]:
     """The same by torch's fused kernel, which never holds the table and so has no probabilities to return."""
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout), None
-
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """Stochastic depth: drop an image's residual branch with probability `rate`, scale the others up. x: b n d."""
@@ -313,7 +297,6 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
         return x
     keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
     return x * keep / (1 - rate)
-
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values."""
@@ -339,7 +322,6 @@ class Attention(nn.Module):
         out, probabilities = attend(query, key, value, self.dropout if self.training else 0.0)
         return self.proj(rearrange(out, "b h n d -> b n (h d)")), probabilities if output_attentions else None
 
-
 class MLP(nn.Module):
     """Two linear layers with an activation between them, on every token by itself. b n d -> b n d."""
     def __init__(self, config: ViTMSNConfig):
@@ -350,7 +332,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
-
 
 class Block(nn.Module):
     """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
@@ -368,7 +349,6 @@ class Block(nn.Module):
         x = x + drop_path(self.dropout(attended), self.drop_path_rate, self.training)
         return x + drop_path(self.dropout(self.mlp(self.norm2(x))), self.drop_path_rate, self.training), probabilities
 
-
 def init_linear_layers(model: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
     """Weights of all linear layers as `draw` draws them in place, biases zero."""
     for module in model.modules():
@@ -376,7 +356,6 @@ def init_linear_layers(model: nn.Module, draw: Callable[[Tensor], Tensor]) -> No
             draw(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
 
 class ViTMSNModel(PretrainedMixin, nn.Module):
     """The backbone. `use_mask_token` adds a learnable token that replaces masked patches (MSN itself drops them)."""
@@ -447,7 +426,6 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
             attentions += [probabilities] if output_attentions else []
         return finish(ViTMSNModelOutput(self.norm(tokens), tuple(hidden_states) or None, tuple(attentions) or None))
 
-
 # ---- Classifier ------------------------------------------------------------------------------------------------------
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     """Mean squared error, cross-entropy or binary cross-entropy. logits: b num_labels -> scalar."""
@@ -456,7 +434,6 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Te
     if problem_type == "single_label_classification":
         return F.cross_entropy(logits, labels.view(-1))
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-
 
 class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
     """The backbone with a linear head on the class token (after the final norm, as in transformers)."""
@@ -482,21 +459,17 @@ class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         return finish(ViTMSNClassifierOutput(logits, loss, hidden_states, attentions))
 
-
 # ---- Similarity Metric and Predictions (paper, Section 3) ------------------------------------------------------------
 # In the log domain throughout: in float32 the plain form is 0, its log infinite, at temperature 0.1, sharpening 0.05.
 AllReduce = Callable[[Tensor, str], Tensor]  # x, "sum" or "max" -> that of x over all processes
-
 
 def one_process(x: Tensor, op: str) -> Tensor:
     """The reduction over all processes if there is but one. train_msn.py has the other."""
     return x
 
-
 def log_assign(z: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
     """log p(prototype | view) = log softmax of the cosine similarities / tau. z: b e, prototypes: k e -> b k."""
     return (F.normalize(z, dim=-1) @ F.normalize(prototypes, dim=-1).T / temperature).log_softmax(dim=-1)
-
 
 def smooth(log_p: Tensor, smoothing: float) -> Tensor:
     """Label smoothing of the prototype labels (not in the paper): log((1 - s) p + s / k). log_p: b k -> b k."""
@@ -504,18 +477,15 @@ def smooth(log_p: Tensor, smoothing: float) -> Tensor:
         return log_p
     return torch.logaddexp(log_p + math.log1p(-smoothing), log_p.new_tensor(smoothing / log_p.shape[-1]).log())
 
-
 def sharpen(log_p: Tensor, sharpening: float) -> Tensor:
     """p^(1/T) renormalised: for p = softmax(s / tau) the same as softmax(s / (T tau)). log_p: b k -> b k.
     The paper writes the target's own temperature tau+ = T tau (0.025 = 0.25 x 0.1)."""
     return (log_p / sharpening).log_softmax(dim=-1)
 
-
 def batch_logsumexp(log_p: Tensor, all_reduce: AllReduce) -> Tensor:
     """log of the sum of p over the rows of all processes: how much mass each prototype gets. log_p: b k -> k."""
     peak = all_reduce(log_p.detach().amax(dim=0), "max")
     return peak + all_reduce((log_p - peak).exp().sum(dim=0), "sum").log()
-
 
 def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_process) -> Tensor:
     """Sinkhorn normalisation (paper, Appendix A.1): every prototype the same share of the batch, then every view its
@@ -525,12 +495,10 @@ def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_pro
         log_p = (log_p - batch_logsumexp(log_p, all_reduce)).log_softmax(dim=-1)
     return log_p
 
-
 # ---- Training Objective (paper, Section 3, equation (1)) -------------------------------------------------------------
 def cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
     """H(p+, p), mean over all anchor views: the first term of (1). log_p: v b k, targets: b k (no gradient)."""
     return -(targets * log_p.mean(dim=0)).sum(dim=-1).mean()  # views share a target: averaged first, nothing is tiled
-
 
 def me_max(log_p: Tensor, log_prior: Tensor | None = None, all_reduce: AllReduce = one_process) -> Tensor:
     """ME-MAX, mean-entropy maximisation: KL(mean prediction || prior) >= 0, to be minimised. log_p: rows k -> scalar.
@@ -540,16 +508,13 @@ def me_max(log_p: Tensor, log_prior: Tensor | None = None, all_reduce: AllReduce
     log_prior = -math.log(log_p.shape[-1]) if log_prior is None else log_prior.to(log_mean)
     return (log_mean.exp() * (log_mean - log_prior)).sum()
 
-
 def entropy(log_p: Tensor) -> Tensor:
     """Mean entropy of the single predictions, in nats (not in the paper; weight 0). log_p: rows k -> scalar."""
     return -(log_p.exp() * log_p).sum(dim=-1).mean()
 
-
 def power_law_prior(num_prototypes: int, exponent: float) -> Tensor:
     """log of a prior like rank^-exponent (PMSN, Section 4): few frequent, many rare classes. 0: uniform. -> k."""
     return (-exponent * torch.arange(1, num_prototypes + 1, dtype=torch.float64).log()).log_softmax(dim=0)
-
 
 class MSNLoss(NamedTuple):
     """Scalars, but for target_assignments (b k, rows sum to 1). Without units; entropies in nats.
@@ -563,7 +528,6 @@ class MSNLoss(NamedTuple):
     prototypes_used: Tensor
     top_assignment: Tensor
     bottom_assignment: Tensor
-
 
 def msn_loss(anchors: Tensor, targets: Tensor, prototypes: Tensor, *, temperature: float = 0.1,
              sharpening: float = 0.25, sinkhorn_iterations: int = 3, memax_weight: float = 1.0,
@@ -587,7 +551,6 @@ def msn_loss(anchors: Tensor, targets: Tensor, prototypes: Tensor, *, temperatur
         total = ce + memax_weight * memax + entropy_weight * ent
         return MSNLoss(total, ce, memax, ent, q, used, q.amax(dim=-1).mean(), q.amin(dim=-1).mean())
 
-
 # ---- Pretraining: anchor encoder, target encoder and prototypes ------------------------------------------------------
 class ProjectionHead(nn.Sequential):
     """Three linear layers, rows d -> rows e; thrown away after pretraining (paper, Appendix A.1). Departure: the paper
@@ -597,7 +560,6 @@ class ProjectionHead(nn.Sequential):
         self.fc1, self.bn1, self.gelu1 = nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()
         self.fc2, self.bn2, self.gelu2 = nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()
         self.fc3 = nn.Linear(hidden_dim, output_dim)
-
 
 class MSNEncoder(ViTMSNModel):
     """f_theta: the backbone with the projection head, from views to the vectors that are compared with prototypes."""
@@ -624,12 +586,10 @@ class MSNEncoder(ViTMSNModel):
             projections.update(zip(members, self.fc(self.norm(state)).chunk(len(members)), strict=True))
         return torch.stack([projections[i] for i in range(len(views))])
 
-
 @torch.no_grad()
 def ema_update(target: list[Tensor], anchor: list[Tensor], momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * anchor, in place."""
     torch._foreach_lerp_(target, anchor, 1 - momentum)
-
 
 class ViTMSNForPreTraining(nn.Module):
     """Masked Siamese Network: anchor encoder and prototypes, which learn, and the target encoder, which follows.
@@ -688,7 +648,6 @@ class ViTMSNForPreTraining(nn.Module):
         self.prototypes.data.copy_(prototypes)
         return new
 
-
 # ---- Reading and writing weights -------------------------------------------------------------------------------------
 def to_original(state: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
     """An encoder's state dict as in the original release (vits16_800ep.pth.tar): patch_embed d (c p p) -> d c p p."""
@@ -696,12 +655,10 @@ def to_original(state: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
     state = {name.replace("patch_embed.", "patch_embed.proj."): value for name, value in state.items()}
     return {**state, "patch_embed.proj.weight": state["patch_embed.proj.weight"].unflatten(1, (channels, p, p))}
 
-
 def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of to_original; a leading `module.` is taken off."""
     state = {name.removeprefix("module.").replace("patch_embed.proj.", "patch_embed."): v for name, v in state.items()}
     return {name: value.flatten(1) if name == "patch_embed.weight" else value for name, value in state.items()}
-
 
 # transformers has used two sets of names. {i}: the layer; {qkv}: three tensors that we hold as one. In its classifiers
 # "vit." precedes all but `classifier`, in files of transformers 5 only some; so it is taken off wherever it stands.
@@ -720,7 +677,6 @@ WEIGHT_FILES = ("checkpoint.pt", "model.safetensors", "model.safetensors.index.j
                 "pytorch_model.bin.index.json")
 QKV_NAMES = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"))
 
-
 def name_pairs(names, style: int):
     """Original names with their one or three in transformers (style: the column above), for all layers in `names`."""
     layers = dict.fromkeys(i for name in names for i in re.findall(r"\b(?:blocks|layers?)\.(\d+)\.", name))
@@ -730,7 +686,6 @@ def name_pairs(names, style: int):
                 theirs = columns[style].replace("{i}", i).replace("*", kind)
                 split = [theirs.replace("{qkv}", name) for name in QKV_NAMES[style]] if "{qkv}" in theirs else [theirs]
                 yield original.replace("{i}", i).replace("*", kind), split
-
 
 def to_transformers(state: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
     """Our state dict under the names of transformers' files; a classifier's backbone under `vit.`."""
@@ -742,7 +697,6 @@ def to_transformers(state: dict[str, Tensor], channels: int) -> dict[str, Tensor
                 converted[name if name.startswith("classifier.") else prefix + name] = part.contiguous()
     return converted
 
-
 def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Any of the five layouts of transformers -> our names. Names that are not in the table stay as they are."""
     state, converted = {name.removeprefix("vit."): value for name, value in state.items()}, {}
@@ -750,7 +704,6 @@ def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if all(name in state for name in theirs):
             converted[original] = torch.cat([state.pop(name) for name in theirs])
     return from_original({**converted, **state})
-
 
 def infer_config(state: dict[str, Tensor], values: dict) -> ViTMSNConfig:
     """The architecture from the shapes of an original file, whose heads are 64 wide unless `values` says otherwise."""
@@ -761,7 +714,6 @@ def infer_config(state: dict[str, Tensor], values: dict) -> ViTMSNConfig:
              "qkv_bias": "blocks.0.attn.qkv.bias" in state,
              "image_size": p * math.isqrt(state["pos_embed"].shape[1] - 1)}
     return ViTMSNConfig.from_dict({**sizes, **values})
-
 
 def read_tensors(path: Path) -> dict:
     """The content of a .safetensors file, of a torch file by weights_only=True (nothing in it is ever executed), or of
@@ -791,7 +743,6 @@ def read_tensors(path: Path) -> dict:
         raise ValueError(f"{path} can't be read: {reason}. It may be damaged, or hold more than tensors and plain "
                          "values.") from error
 
-
 def local_folder(name_or_path: str | os.PathLike) -> Path:
     """The folder itself, or where huggingface_hub puts the model of that name."""
     if Path(name_or_path).is_dir():
@@ -804,7 +755,6 @@ def local_folder(name_or_path: str | os.PathLike) -> Path:
         raise ImportError(f"{name_or_path} is no local path: pip install huggingface_hub to fetch it, or put its "
                           "config.json and model.safetensors (or pytorch_model.bin) into a folder.") from None
     return Path(snapshot_download(str(name_or_path), allow_patterns=["config.json", *WEIGHT_FILES, "*.safetensors"]))
-
 
 def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None) -> tuple[ViTMSNConfig, dict]:
     """Configuration and weights, under our names, of whatever from_pretrained takes."""
@@ -827,7 +777,6 @@ def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None
         return config, from_original(state)
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:  # not there, or no tensors
         raise ValueError(f"{path} holds no ViT that fits: {error}") from error
-
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, ignore_mismatched_sizes: bool = False,
                  may_be_new: str = r"mask_token|classifier\.") -> list[str]:
@@ -855,7 +804,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, igno
         own[name].copy_(found[name].detach())
     return new
 
-
 def write_file(path: Path, content: bytes | Callable) -> None:
     """Write bytes, or what content(file) writes, to a temporary file, flush it to the disk, rename it. A reader never
     sees half a file, and if the disk is full the old file stays."""
@@ -869,10 +817,8 @@ def write_file(path: Path, content: bytes | Callable) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-
 # ---- Preprocessing ---------------------------------------------------------------------------------------------------
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
     """Any picture upright, in 8-bit RGB (channels=1: grey). 16-bit grey is scaled, not clipped; alpha is dropped."""
@@ -881,14 +827,12 @@ def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.convert("RGB" if channels == 3 else "L")
 
-
 def normalize(pixels: Tensor) -> Tensor:
     """[0, 1] -> ImageNet's mean 0 and standard deviation 1 per channel. pixels: ... c height width."""
     mean, std = pixels.new_tensor(IMAGENET_MEAN), pixels.new_tensor(IMAGENET_STD)
     if pixels.shape[-3] != 3:  # a grey image gets the mean of the three
         mean, std = mean.mean(), std.mean()
     return (pixels - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
-
 
 def preprocess(images, config: ViTMSNConfig, protocol: str = "squash") -> Tensor:
     """PIL images (one or a list) -> pixel_values b c image_size image_size, bilinear, ImageNet mean and deviation.
