@@ -9,8 +9,7 @@
     python finetune.py neighbours runs/demo-001 photos          # a sheet of pictures and those nearest to them
 
 The table is the paper's (arXiv 2204.07141, Section 5, Appendix A.2): a logistic probe on frozen features; beside it
-fine-tuning, k-NN and three baselines. Mean and deviation are over draws of labelled images; validation images choose
-nothing. In reading order: settings, probe, labelled sets, fine-tuning, the table, using a model, command line.
+fine-tuning, k-NN and three baselines. Mean and deviation are over draws of labelled images. Validation chooses nothing.
 """
 import argparse
 import csv
@@ -32,13 +31,11 @@ from torch.utils.data import Dataset
 from train_msn import (
     TRIES, ImageFiles, Images, TrainConfig, UsageError, add_flags, check_range, choose_precision, crop_and_resize,
     crop_boxes, embed_images, generator_for, image_paths, knn_predict, open_data, opt, run_program, save_neighbours,
-    save_plot, save_sheet, start_processes, to_picture, warmup_cosine,
-)
+    save_plot, save_sheet, start_processes, to_picture, warmup_cosine)
 from vitmsn import MSNEncoder, ViTMSNModel, interpolate_positions, load_weights, normalize, read_pretrained, write_file
 from vitmsn import ViTMSNForImageClassification as Classifier
 
 # ---- Settings, of the table and of the other commands ----------------------------------------------------------------
-
 TRAINED = ("finetune", "scratch")
 KNN = {"knn20": (20, 0.07), "knn200": (200, 0.1)}  # k and temperature: ours, and those of Lightly's benchmarks
 METHODS = ("probe", *TRAINED, "untrained", "pixels", *KNN)
@@ -100,7 +97,6 @@ class FinetuneConfig:
         return values
 
 # ---- Logistic probe on frozen features (Appendix A.2) ----------------------------------------------------------------
-
 def center_and_scale(features: Tensor) -> Tensor:
     """Each row minus its own mean, then to unit length, in float64. features: n d -> n d."""
     rows = features.double()
@@ -113,15 +109,12 @@ def fit_logistic_probe(rows: Tensor, labels: Tensor, num_classes: int, l2: float
     basis = torch.linalg.qr(rows.double().T)[0]  # W lies in the span of the rows: min(n, d) coordinates do
     x, n, targets = rows.double() @ basis, len(rows), F.one_hot(labels, num_classes).double()
     w, identity = x.new_zeros(num_classes, x.shape[1]), torch.eye(x.shape[1], dtype=x.dtype)
-
     def objective(w):
         return F.cross_entropy(x @ w.T, labels) + l2 / n / 2 * w.square().sum()
-
     for _ in range(100):
         p = (x @ w.T).softmax(dim=-1)
         gradient = (p - targets).T @ x / n + l2 / n * w
-        norm = gradient.norm()
-        if norm < tolerance:
+        if (norm := gradient.norm()) < tolerance:
             break
         # Conjugate gradients for Hessian @ step = gradient; their preconditioner is the Hessian of an average class.
         factor = torch.linalg.cholesky((x * (p * (1 - p)).mean(dim=-1, keepdim=True)).T @ x / n + l2 / n * identity)
@@ -141,22 +134,17 @@ def fit_logistic_probe(rows: Tensor, labels: Tensor, num_classes: int, l2: float
     return w @ basis.T
 
 def choose_l2(rows: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Lambda with the least loss in a stratified cross-validation on these labelled rows alone, of at most 5 folds.
-    With one image in some class there is nothing to validate on: then the published 0.0025."""
+    """Lambda of least loss in stratified cross-validation, at most 5 folds; 0.0025 if some class has but one image."""
     folds = min(5, int(labels.bincount(minlength=num_classes).min()))
     fold = labels.argsort(stable=True).argsort() % max(folds, 1)  # by place in class order: each has its share of each
-
     def loss(l2, i):
         w = fit_logistic_probe(rows[fold != i], labels[fold != i], num_classes, l2, 1e-6)
         return F.cross_entropy(rows[fold == i] @ w.T, labels[fold == i], reduction="sum").item()
-
     return 0.0025 if folds < 2 else min(L2_GRID, key=lambda l2: sum(loss(l2, i) for i in range(folds)))
 
 # ---- Labelled sets: which training images have labels. A label of -1 marks an image that must not be drawn -----------
-
 def draw_labelled(labels: Tensor, per_class: int | list[int], seed: int, names: list[str] | None = None) -> list[int]:
-    """Indices of `per_class` images of each class (a list: so many of each), class by class; labels and seed alone
-    decide. The draw of fewer is a part of the draw of more."""
+    """Indices of `per_class` images of each class (a list: of so many), class by class; fewer are a part of more."""
     order = torch.rand(len(labels), generator=generator_for(seed, 0)).argsort()
     chosen, names = [], names or range(int(labels.max()) + 1)
     for c, count in enumerate([per_class] * len(names) if isinstance(per_class, int) else per_class):
@@ -192,24 +180,21 @@ def readable(images: Dataset, indices: list[int], seen: set[str]) -> list[int]:
     return [i for i in indices if i not in bad]
 
 def draw_columns(config: FinetuneConfig, data: Images, seen: set[str]) -> tuple[dict[str, list[list[int]]], list[int]]:
-    """Columns of the table, name -> the labelled images of each draw; and the tuning part, up to 25 training images of
-    each class that are in no draw (but in the column of all labels)."""
+    """The table's columns, name -> labelled images of each draw; and up to 25 images of each class in none, to tune."""
     labels, sizes = data.train_labels.clone(), data.train_labels.bincount(minlength=len(data.classes)).tolist()
-    lists, fractions = config.listed("label_list"), config.listed("fraction")
-
-    def draw(counts, seed):
-        chosen = draw_labelled(labels, counts, seed, data.classes)
+    lists, fractions, counts, columns = config.listed("label_list"), config.listed("fraction"), {}, {}
+    def draw(count, seed):
+        chosen = draw_labelled(labels, count, seed, data.classes)
         if bad := set(chosen) - set(readable(data.train, chosen, seen)):
             labels[list(bad)] = -1  # the next image of the class takes its place
-            return draw(counts, seed)
+            return draw(count, seed)
         return chosen
-
-    counts = {} if lists else {
-        **{f"{n}/class": [n] * len(sizes) for n in config.listed("labels_per_class")},
-        **{f"{100 * f:g} %": [max(1, round(f * n)) for n in sizes] for f in fractions if f < 1}}
-    columns = {name: [draw(n, seed) for seed in config.listed("seeds")] for name, n in counts.items()}
     if lists:
         columns["listed"] = [readable(data.train, read_label_list(Path(path), data.train), seen) for path in lists]
+    else:
+        counts = {f"{n}/class": n for n in config.listed("labels_per_class")}
+        counts |= {f"{100 * f:g} %": [max(1, round(f * n)) for n in sizes] for f in fractions if f < 1}
+    columns |= {name: [draw(count, seed) for seed in config.listed("seeds")] for name, count in counts.items()}
     labels[[i for draws in columns.values() for drawn in draws for i in drawn]] = -1
     free = labels[labels >= 0].bincount(minlength=len(sizes)).min() if "scratch" in config.listed("methods") else 0
     tuning = readable(data.train, draw_labelled(labels, min(25, int(free)), 2**31, data.classes), seen)
@@ -218,14 +203,13 @@ def draw_columns(config: FinetuneConfig, data: Images, seen: set[str]) -> tuple[
     return columns, tuning
 
 # ---- Fine-tuning, and training from scratch (Appendix A.4; its RandAugment, Mixup and CutMix are left out) -----------
-
 def layerwise_groups(model: Classifier, lr: float, decay: float, weight_decay: float) -> list[dict]:
     """Groups for AdamW: head and final norm learn at `lr`, each layer at `decay` times the rate of the one above it,
     patches, class token and positions at lr * decay^(layers + 1). Biases and norms have no weight decay."""
     groups, layers = {}, len(model.vit.blocks)
     for name, parameter in model.named_parameters():
         part, number = [*name.removeprefix("vit.").split("."), ""][:2]
-        below = layers - int(number) if part == "blocks" else 0 if part in ("norm", "classifier") else layers + 1
+        below = layers - int(number) if part == "blocks" else {"norm": 0, "classifier": 0}.get(part, layers + 1)
         groups.setdefault((below, parameter.ndim > 1), []).append(parameter)
     return [{"params": parameters, "lr": lr * decay**below, "weight_decay": weight_decay if matrices else 0.0}
             for (below, matrices), parameters in groups.items()]
@@ -234,9 +218,8 @@ def build_classifier(encoder: ViTMSNModel, classes: list[str], config: FinetuneC
                      probe: Tensor | None = None) -> Classifier:
     """The encoder's weights under a head of zeros or, so that training starts where it ends, of a logistic probe (W:
     classes d): after its centring and scaling, its features are those of a plain final norm over sqrt(d)."""
-    model = Classifier(replace(
-        encoder.config, num_labels=len(classes), id2label=dict(enumerate(classes)), label2id=None, problem_type=None,
-        drop_path_rate=config.drop_path_rate))
+    model = Classifier(replace(encoder.config, num_labels=None, id2label=dict(enumerate(classes)), label2id=None,
+                               problem_type=None, drop_path_rate=config.drop_path_rate))
     model.vit.load_state_dict({k: v for k, v in encoder.state_dict().items() if not k.startswith("fc.")})
     nn.init.zeros_(model.classifier.weight)
     if probe is not None:
@@ -247,8 +230,7 @@ def build_classifier(encoder: ViTMSNModel, classes: list[str], config: FinetuneC
 
 def train_classifier(model: Classifier, images: Dataset, labels: Tensor, indices: list[int],
                      config: FinetuneConfig, lr: float, layer_decay: float, seed: int, verbose: bool = False) -> None:
-    """Train in place on random crops and flips of the images `indices`; nothing else is looked at. labels: of all
-    `images`. Raises FloatingPointError when the loss stops being finite."""
+    """Train in place on random crops and flips of images[indices] alone. Raises FloatingPointError if it diverges."""
     device, size = model.classifier.weight.device, min(config.batch_size, len(indices))
     steps = max(config.steps, math.ceil(config.epochs * len(indices) / size))
     bfloat16 = choose_precision(config.precision, device) == "bfloat16"
@@ -286,11 +268,9 @@ def classify(model: Classifier, images: Dataset, indices: list[int]) -> Tensor:
     return model.classifier(model.vit.norm(features.to(device))).softmax(dim=-1).cpu()
 
 # ---- The table. An Experiment holds no validation label: `measure` alone sees them, after the predictions are made ---
-
 @dataclass(frozen=True)
 class Experiment:
-    """What predictions are made from. encoders: pretrained ("probe"), "untrained", "pixels" (None); val: the validation
-    images that are used."""
+    """All for predictions. encoders: pretrained ("probe"), "untrained", "pixels" (None); val: which images are used."""
     config: FinetuneConfig
     encoders: dict[str, ViTMSNModel | None]
     data: Images
@@ -301,11 +281,10 @@ class Experiment:
 
     def features(self, kind: str, images: Dataset, indices: list[int]) -> Tensor:
         """Rows of frozen features, computed once."""
-        encoder, key = self.encoders[kind], (kind, id(images), *indices)
-        if key not in self.cache:
+        if (key := (kind, id(images), *indices)) not in self.cache:
             size, device = self.encoders["probe"].config.image_size, self.encoders["probe"].cls_token.device
-            size = size if encoder else min(size, self.config.pixel_size)
-            self.cache[key] = embed_images(encoder, images, indices, size, device)[0]
+            size = min(size, self.config.pixel_size) if kind == "pixels" else size
+            self.cache[key] = embed_images(self.encoders[kind], images, indices, size, device)[0]
         return self.cache[key]
 
     def trained(self, method: str, indices: list[int], seed: int, lr: float, verbose: bool = False) -> Classifier:
@@ -339,11 +318,11 @@ class Experiment:
         if method in TRAINED:
             model = self.trained(method, indices, seed, self.scratch_lr if method == "scratch" else self.config.lr)
             return classify(model, self.data.val, self.val).argmax(dim=-1)
-        kind, labels, classes = "probe" if method in KNN else method, self.data.train_labels[indices], self.data.classes
+        kind, labels = "probe" if method in KNN else method, self.data.train_labels[indices]
         rows, val = self.features(kind, self.data.train, indices), self.features(kind, self.data.val, self.val)
         if method in KNN:
             return knn_predict(rows, labels, val, *KNN[method])
-        rows, count = center_and_scale(rows), len(classes)
+        rows, count = center_and_scale(rows), len(self.data.classes)
         w = fit_logistic_probe(rows, labels, count, self.config.l2 or choose_l2(rows, labels, count), 1e-8)
         return (center_and_scale(val) @ w.T).argmax(dim=-1)
 
@@ -364,8 +343,8 @@ def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> dict[tu
             rows.append((method, name, labels, *lines[method][-1], sd, " ".join(map(str, scores))))
         print(f"{method}: {len(lines[method])} columns, {time.time() - start:.0f} s", flush=True)
         write_csv(folder / "table.csv", ("method", "column", "labels", "labels_per_class", "mean", "sd", "draws"), rows)
-        save_plot(folder / "table.png", {"accuracy against labelled images per class": {
-            name: sorted(line) for name, line in lines.items()}}, log_x=True)
+        curves = {name: sorted(line) for name, line in lines.items()}
+        save_plot(folder / "table.png", {"accuracy against labelled images per class": curves}, log_x=True)
     return cells
 
 def write_csv(path: Path, header: tuple, rows: list[tuple]) -> None:
@@ -403,13 +382,12 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     path = Path(config.checkpoint)  # of a run, or in one
     home = next((folder for folder in (path, path.parent) if (folder / "checkpoint.pt").is_file()), Path("."))
     saved = json.loads((home / "config.json").read_text()) if (home / "config.json").is_file() else {}
-    if not (config.data or saved.get("data")):
+    if not (source := config.data or saved.get("data")):
         raise UsageError(f"{config.checkpoint} does not say on which images to work; pass --data.")
     encoder, seen = load_model(config), set()
     shape = encoder.config
-    data = open_data(TrainConfig(
-        data=config.data or saved["data"], data_dir=saved.get("data_dir", "data"), seed=saved.get("seed", 0),
-        image_size=shape.image_size, patch_size=shape.patch_size, focal_views=0))
+    data = open_data(TrainConfig(data=source, data_dir=saved.get("data_dir", "data"), seed=saved.get("seed", 0),
+                                 image_size=shape.image_size, patch_size=shape.patch_size, focal_views=0))
     if data.val is None:
         raise UsageError("this takes labels: the data must be folders train/CLASS/* and val/CLASS/*.")
     columns, tuning = draw_columns(config, data, seen)
@@ -436,7 +414,6 @@ def make_table(config: FinetuneConfig) -> None:
     print(f"written: {folder}/table.csv, table.png, config.json", flush=True)
 
 # ---- Using a model: train, predict, attention, embed, neighbours -----------------------------------------------------
-
 def train_and_save(config: FinetuneConfig) -> None:
     """Fine-tune on one labelled set; save the classifier and its accuracy per class."""
     experiment, val_labels, home = open_experiment(config)
@@ -496,9 +473,8 @@ def embed(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> Non
     """features.npz: features (n d, float32), paths, and classes: the names of the folders that the pictures lie in."""
     target, indices = Path(config.output or "features.npz"), list(range(len(pictures)))
     features, _ = embed_images(model, pictures, indices, model.config.image_size, model.cls_token.device)
-    write_file(target, lambda file: np.savez(
-        file, features=features.numpy(), paths=np.array([str(path) for path in pictures.paths]),
-        classes=np.array([path.parent.name for path in pictures.paths])))
+    paths, classes = [str(path) for path in pictures.paths], [path.parent.name for path in pictures.paths]
+    write_file(target, lambda file: np.savez(file, features=features.numpy(), paths=paths, classes=classes))
     print(f"written: {target}, {len(features)} rows of {features.shape[1]} features")
 
 def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> None:
@@ -512,7 +488,6 @@ def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -
     print(f"written: {target}")
 
 # ---- The command line ------------------------------------------------------------------------------------------------
-
 USING = {"predict": (predict, "top csv"), "attention": (attention, "output_dir"), "embed": (embed, "output"),
          "neighbours": (neighbours, "output")}
 TRAIN = {"labels_per_class": "", "fraction": "1", "seeds": "0", "full": False, "methods": "finetune", "epochs": 10.0}

@@ -1,20 +1,19 @@
 """ViTMSN: the Vision Transformer of Masked Siamese Networks, and its self-supervised objective, in one file.
 
-Paper: Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022, arXiv 2204.07141v1. Section
-and equation numbers below are of that version. The file follows the paper's Section 3 from top to bottom (its Input
-Views, the random augmentations, are made in train_msn.py): patchify and mask, encoder, similarity metric and
-predictions, training objective, pretraining. Around it: configuration, classifier, weights, preprocessing.
+Paper: Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022, arXiv 2204.07141v1, whose
+section and equation numbers we use. The file follows its Section 3 from top to bottom (the random augmentations are in
+train_msn.py): patchify and mask, encoder, similarity metric and predictions, training objective, pretraining.
 
-The backbone and the classifier are the same model as ViTMSNModel and ViTMSNForImageClassification of Hugging Face
-transformers: the same numbers from the same weights, in both directions. The pretraining reproduces the published
-procedure (tests/test_golden.py); wherever we leave it, a comment that starts with "Departure:" says so.
+Backbone and classifier are the ViTMSNModel and ViTMSNForImageClassification of Hugging Face transformers: the same
+numbers from the same weights, in both directions. Pretraining is the published procedure (tests/test_golden.py);
+wherever we leave it, a comment that starts with "Departure:" says so.
 
     model = ViTMSNForImageClassification.from_pretrained("facebook/vit-msn-small", num_labels=10)
     logits = model(preprocess(images, model.config)).logits
 
-Shapes are written in the letters of the einops patterns (in brackets the paper's):
-    b images    v anchor views per image (M)    n tokens or patches    d width of the encoder    h attention heads
-    k prototypes (K)    e width of the projection, 256 (d)    c channels    p patch size in pixels (N)
+Shapes are written in the letters of the einops patterns (in brackets the paper's): b images, v anchor views per image
+(M), n tokens or patches, d width of the encoder, h attention heads, k prototypes (K), e width of the projection (d),
+c channels, p patch size in pixels (N).
 """
 import copy
 import json
@@ -37,23 +36,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # gelu: exact
     "gelu_new": partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+CHOICES = {"hidden_act": tuple(ACTIVATIONS), "attn_implementation": ("sdpa", "eager"),
+           "problem_type": (None, "regression", "single_label_classification", "multi_label_classification")}
 PRESETS = {  # the published shapes (paper, Section 4): name -> width, layers, heads, patch size in pixels
     "small-16": (384, 12, 6, 16), "base-16": (768, 12, 12, 16), "base-8": (768, 12, 12, 8),
     "base-4": (768, 12, 12, 4), "large-16": (1024, 24, 16, 16), "large-7": (1024, 24, 16, 7)}
 
 @dataclass
 class ViTMSNConfig:
-    """Architecture of a ViTMSN. Names, defaults and meaning are those of transformers' ViTMSNConfig.
-    `num_labels` is the length of `id2label`; 0 makes the classifier's head the identity. Keys of a config.json that
-    are not fields here are kept in `extra` and written back. Raises ValueError for values no model can have."""
+    """Architecture of a ViTMSN; names, defaults and meaning as in transformers. num_labels=0: the head is the identity.
+    Other keys of a config.json are kept in `extra` and written back. Raises ValueError for values no model can have."""
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -89,12 +87,10 @@ class ViTMSNConfig:
             raise ValueError(f"num_labels={self.num_labels} but id2label names {len(self.id2label)} classes; give one.")
         self.num_labels = len(self.id2label)
         self.label2id = {name: i for i, name in self.id2label.items()} if self.label2id is None else self.label2id
-        choices = {"hidden_act": tuple(ACTIVATIONS), "attn_implementation": ("sdpa", "eager"),
-                   "problem_type": (None, *PROBLEM_TYPES)}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name in choices and value not in choices[f.name]:
-                raise ValueError(f"{f.name}={value!r} is not known; use one of {choices[f.name]}.")
+            if f.name in CHOICES and value not in CHOICES[f.name]:
+                raise ValueError(f"{f.name}={value!r} is not known; use one of {CHOICES[f.name]}.")
             if f.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"{f.name}={value!r} must be a whole number of at least 1.")
             if f.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
@@ -150,13 +146,7 @@ class ViTMSNConfig:
         return self.image_size // self.patch_size
 
 # ---- Outputs, loading and saving: the surface of transformers, no part of the method --------------------------------
-def output(output_class: type) -> type:
-    """A dataclass that torch.compile, torch.export and DataParallel can look into."""
-    pytree.register_pytree_node(output_class, lambda out: (list(vars(out).values()), None),
-                                lambda values, _: output_class(*values), serialized_type_name=output_class.__name__)
-    return dataclass(output_class)
-
-@output
+@dataclass
 class ViTMSNModelOutput:
     """last_hidden_state: b n d after the final norm. hidden_states: embeddings, then each layer's output, the last one
     before the final norm. attentions: b h n n per layer. The last two are None unless asked for."""
@@ -164,13 +154,16 @@ class ViTMSNModelOutput:
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
-@output
+@dataclass
 class ViTMSNClassifierOutput:
     """logits: b num_labels. loss: scalar, if labels were given. The others as in ViTMSNModelOutput."""
     logits: Tensor
     loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+for output in (ViTMSNModelOutput, ViTMSNClassifierOutput):  # so that torch.export can look into them
+    torch.export.register_dataclass(output, serialized_type_name=output.__name__)
 
 def finish(out):
     """What forward returns: the output object, but for torch.jit.trace, which knows only tuples of tensors."""
@@ -198,8 +191,7 @@ class PretrainedMixin:
         return model.to(dtype).eval()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors (without the safetensors package: pytorch_model.bin); transformers
-        4 and 5 read both. Each file appears whole or not at all."""
+        """Write config.json and model.safetensors (without that package: pytorch_model.bin) for transformers 4 or 5."""
         (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
         weights = to_transformers(self.state_dict(), self.config.num_channels)
         try:
@@ -225,20 +217,18 @@ class PretrainedMixin:
 
 # ---- Patchify and Mask (paper, Section 3) ----------------------------------------------------------------------------
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images into non-overlapping patches, row by row. Pixels that do not fill a patch are dropped.
-    images: b c height width -> b n (c p p), with n = height // p * (width // p)."""
+    """Non-overlapping patches, row by row; pixels that fill none are dropped. b c height width -> b n (c p p)."""
     p = patch_size
     height, width = images.shape[-2] // p * p, images.shape[-1] // p * p
     return rearrange(images[..., :height, :width], "b c (gh p1) (gw p2) -> b (gh gw) (c p1 p2)", p1=p, p2=p)
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """Put patches together again: the inverse of patchify. patches: b (gh gw) (c p p) -> b c height width."""
-    return rearrange(patches, "b (gh gw) (c p1 p2) -> b c (gh p1) (gw p2)",
-                     gh=grid[0], gw=grid[1], p1=patch_size, p2=patch_size)
+    """The inverse of patchify. patches: b (gh gw) (c p p) -> b c height width."""
+    p = patch_size
+    return rearrange(patches, "b (gh gw) (c p1 p2) -> b c (gh p1) (gw p2)", gh=grid[0], gw=grid[1], p1=p, p2=p)
 
 def num_patches_to_keep(num_patches: int, mask_ratio: float) -> int:
-    """floor(n (1 - ratio)), the ratio taken as the decimal it is written as: 25 patches at 0.8 keep 5, where floating
-    point says 4. Raises ValueError if the ratio is outside [0, 1) or no patch would be left."""
+    """floor(n (1 - ratio)), in decimals: 25 patches at 0.8 keep 5, not 4. Raises ValueError if none would be left."""
     kept = math.floor(num_patches * (1 - Fraction(str(mask_ratio)))) if 0 <= mask_ratio < 1 else 0
     if kept < 1:
         raise ValueError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches or is not in [0, 1); lower it.")
@@ -268,9 +258,9 @@ def sample_patches_to_keep_blockwise(batch: int, num_patches: int | tuple[int, i
                              (patch % columns + 0.5 - centre_column * columns).abs() / aspect)
     return distance.argsort(dim=1, descending=True, stable=True)[:, :kept].sort(dim=1).values
 
-def take_patches(x: Tensor, patches_to_keep: Tensor) -> Tensor:
-    """Rows of x that stay. x: b n d, patches_to_keep: b kept -> b kept d."""
-    return x.gather(1, patches_to_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+def take_patches(x: Tensor, patches_to_keep: Tensor | None) -> Tensor:
+    """Rows of x that stay. x: b n d, patches_to_keep: b kept, None for all -> b kept d."""
+    return x if patches_to_keep is None else x.gather(1, patches_to_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 # ---- Encoder: a pre-norm Vision Transformer whose class token is the representation (paper, Section 3, "Encoder") ----
 def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -281,14 +271,13 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([positions[:, :1], rearrange(patches, "1 d gh gw -> 1 (gh gw) d")], dim=1)
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d_h)) v, written out; returns the probabilities too.
-    query: b h nq d_h; key, value: b h n d_h -> (b h nq d_h, b h nq n). Keeps the whole h * nq * n table in memory."""
+    """softmax(q k^T / sqrt(d_h)) v, and the softmax. q: b h nq d_h; k, v: b h n d_h -> (b h nq d_h, b h nq n)."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # scales n * d_h numbers instead of n * n
     probabilities = F.dropout(scores.softmax(dim=-1), dropout)
     return probabilities @ value, probabilities
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, None]:
-    """The same by torch's fused kernel, which never holds the table and so has no probabilities to return."""
+    """The same by torch's fused kernel, which never holds the h * nq * n probabilities and so can't return them."""
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout), None
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -317,7 +306,6 @@ class Attention(nn.Module):
         else:
             qkv = self.qkv(x).chunk(3, dim=-1)  # views of one tensor: nothing is copied
         query, key, value = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in qkv)
-        # A fused kernel has no probabilities to show, so a model that is asked for them computes them the long way.
         attend = sdpa_attention if self.implementation == "sdpa" and not output_attentions else eager_attention
         out, probabilities = attend(query, key, value, self.dropout if self.training else 0.0)
         return self.proj(rearrange(out, "b h n d -> b n (h d)")), probabilities if output_attentions else None
@@ -351,11 +339,10 @@ class Block(nn.Module):
 
 def init_linear_layers(model: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
     """Weights of all linear layers as `draw` draws them in place, biases zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            draw(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        draw(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 class ViTMSNModel(PretrainedMixin, nn.Module):
     """The backbone. `use_mask_token` adds a learnable token that replaces masked patches (MSN itself drops them)."""
@@ -386,15 +373,12 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         # As transformers decides it: 64 x 16 pixels of a 32-pixel model make as many patches but are resampled.
         if patches.shape[1] != positions.shape[1] - 1 or height != width:
             positions = interpolate_positions(positions, (height // p, width // p))
-        patch_positions = positions[:, 1:].expand(len(patches), -1, -1)
-        if patches_to_keep is not None:  # a third of the pixels kept is a third of the embedding computed
-            patches, patch_positions = (take_patches(x, patches_to_keep) for x in (patches, patch_positions))
-        tokens = self.patch_embed(patches)
+        patch_positions = take_patches(positions[:, 1:].expand(len(patches), -1, -1), patches_to_keep)
+        tokens = self.patch_embed(take_patches(patches, patches_to_keep))
         if bool_masked_pos is not None:
             if self.mask_token is None:
                 raise ValueError("bool_masked_pos needs a mask token: make the model with use_mask_token=True.")
-            masked = bool_masked_pos.unsqueeze(-1).bool()
-            masked = masked if patches_to_keep is None else take_patches(masked, patches_to_keep)
+            masked = take_patches(bool_masked_pos.unsqueeze(-1).bool(), patches_to_keep)
             tokens = torch.where(masked, self.mask_token.to(tokens.dtype), tokens)
         class_token = (self.cls_token + positions[:, :1]).expand(len(tokens), -1, -1)
         tokens = torch.cat([class_token.to(tokens.dtype), tokens + patch_positions], dim=1)
@@ -402,8 +386,7 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
 
     def class_token(self, pixel_values: Tensor, patches_to_keep: Tensor | None = None,
                     interpolate_pos_encoding: bool = False) -> Tensor:
-        """The class token after the last layer, *before* the final norm: the published feature for probing. -> b d.
-        In the last layer nothing else is looked at: only the class token asks, and only it passes through the MLP."""
+        """The class token after the last layer, *before* the final norm: the published feature for probing. -> b d."""
         tokens = self.embed(pixel_values, None, patches_to_keep, interpolate_pos_encoding)
         for i, block in enumerate(self.blocks, 1):
             tokens, _ = self._run(block, tokens, i == len(self.blocks), False)
@@ -416,8 +399,7 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None,
                 patches_to_keep: Tensor | None = None, interpolate_pos_encoding: bool = False,
                 output_hidden_states: bool = False, output_attentions: bool = False) -> ViTMSNModelOutput:
-        """pixel_values: b c height width; bool_masked_pos: b n, True where the mask token stands in;
-        patches_to_keep: b kept, indices of the patches that enter the encoder, all if None."""
+        """pixel_values: b c height width; bool_masked_pos: b n, True: masked; patches_to_keep: b kept, None for all."""
         tokens = self.embed(pixel_values, bool_masked_pos, patches_to_keep, interpolate_pos_encoding)
         hidden_states, attentions = [tokens] if output_hidden_states else [], []
         for block in self.blocks:
@@ -427,11 +409,14 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         return finish(ViTMSNModelOutput(self.norm(tokens), tuple(hidden_states) or None, tuple(attentions) or None))
 
 # ---- Classifier ------------------------------------------------------------------------------------------------------
-def classification_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+def classification_loss(logits: Tensor, labels: Tensor, config: ViTMSNConfig) -> Tensor:
     """Mean squared error, cross-entropy or binary cross-entropy. logits: b num_labels -> scalar."""
-    if problem_type == "regression":
+    if config.problem_type is None:  # inferred once, as transformers does
+        kind = "single_label" if labels.dtype in (torch.long, torch.int) else "multi_label"
+        config.problem_type = "regression" if config.num_labels == 1 else f"{kind}_classification"
+    if config.problem_type == "regression":
         return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
-    if problem_type == "single_label_classification":
+    if config.problem_type == "single_label_classification":
         return F.cross_entropy(logits, labels.view(-1))
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
@@ -453,10 +438,7 @@ class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
             state = self.vit.norm(self.vit.class_token(pixel_values, None, interpolate_pos_encoding))
             hidden_states = attentions = None
         logits = self.classifier(state)
-        if labels is not None and self.config.problem_type is None:  # inferred once, as transformers does
-            whole = labels.dtype in (torch.long, torch.int)
-            self.config.problem_type = PROBLEM_TYPES[0 if self.config.num_labels == 1 else 1 if whole else 2]
-        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
+        loss = None if labels is None else classification_loss(logits, labels, self.config)
         return finish(ViTMSNClassifierOutput(logits, loss, hidden_states, attentions))
 
 # ---- Similarity Metric and Predictions (paper, Section 3) ------------------------------------------------------------
@@ -478,8 +460,7 @@ def smooth(log_p: Tensor, smoothing: float) -> Tensor:
     return torch.logaddexp(log_p + math.log1p(-smoothing), log_p.new_tensor(smoothing / log_p.shape[-1]).log())
 
 def sharpen(log_p: Tensor, sharpening: float) -> Tensor:
-    """p^(1/T) renormalised: for p = softmax(s / tau) the same as softmax(s / (T tau)). log_p: b k -> b k.
-    The paper writes the target's own temperature tau+ = T tau (0.025 = 0.25 x 0.1)."""
+    """p^(1/T) renormalised, the paper's softmax(s / tau+) with tau+ = T tau (0.25 x 0.1). log_p: b k -> b k."""
     return (log_p / sharpening).log_softmax(dim=-1)
 
 def batch_logsumexp(log_p: Tensor, all_reduce: AllReduce) -> Tensor:
@@ -489,8 +470,7 @@ def batch_logsumexp(log_p: Tensor, all_reduce: AllReduce) -> Tensor:
 
 def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_process) -> Tensor:
     """Sinkhorn normalisation (paper, Appendix A.1): every prototype the same share of the batch, then every view its
-    sum of 1. log_p: b k (any positive matrix) -> b k whose rows sum to 1, exactly, as their step comes last, and whose
-    columns tend to b / k. The constants b, k and the total of the usual form cancel in the row step."""
+    sum of 1: that one exactly, and in it the constants of the usual form cancel. log_p: b k (any values) -> b k."""
     for _ in range(iterations):
         log_p = (log_p - batch_logsumexp(log_p, all_reduce)).log_softmax(dim=-1)
     return log_p
@@ -501,9 +481,8 @@ def cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
     return -(targets * log_p.mean(dim=0)).sum(dim=-1).mean()  # views share a target: averaged first, nothing is tiled
 
 def me_max(log_p: Tensor, log_prior: Tensor | None = None, all_reduce: AllReduce = one_process) -> Tensor:
-    """ME-MAX, mean-entropy maximisation: KL(mean prediction || prior) >= 0, to be minimised. log_p: rows k -> scalar.
-    With the uniform prior (None) this is log k - H(mean prediction): the second term of (1), shifted by the constant
-    log k so that it is 0 exactly when all prototypes are used alike. Another prior is PMSN (arXiv 2210.07277)."""
+    """ME-MAX: KL(mean prediction || prior) >= 0, to be minimised. log_p: rows k -> scalar. Uniform prior (None): log k
+    - H(mean prediction), the second term of (1) shifted to be 0 at best. Another prior is PMSN (arXiv 2210.07277)."""
     log_mean = batch_logsumexp(log_p, all_reduce).log_softmax(dim=-1)  # rows sum to 1: divides by their number
     log_prior = -math.log(log_p.shape[-1]) if log_prior is None else log_prior.to(log_mean)
     return (log_mean.exp() * (log_mean - log_prior)).sum()
@@ -517,9 +496,8 @@ def power_law_prior(num_prototypes: int, exponent: float) -> Tensor:
     return (-exponent * torch.arange(1, num_prototypes + 1, dtype=torch.float64).log()).log_softmax(dim=0)
 
 class MSNLoss(NamedTuple):
-    """Scalars, but for target_assignments (b k, rows sum to 1). Without units; entropies in nats.
-    loss = cross_entropy + memax_weight * memax + entropy_weight * entropy. The last three tell a healthy run from a
-    collapsed one: how many prototypes are some target's first choice, and the mean highest and lowest assignment."""
+    """Scalars, entropies in nats, but for target_assignments (b k, rows sum to 1). The last three tell a healthy run
+    from a collapsed one: how many prototypes are some target's first choice, mean highest and lowest assignment."""
     loss: Tensor
     cross_entropy: Tensor
     memax: Tensor
@@ -576,36 +554,28 @@ class MSNEncoder(ViTMSNModel):
     def forward(self, views: list[Tensor], patches_to_keep: list[Tensor | None]) -> Tensor:
         """views: v tensors b c height width of any sizes, patches_to_keep: b kept or None for each -> v b e.
         Views of one size and kept count go through together, so batch norm has its statistics per resolution."""
-        groups: dict[tuple, list[int]] = {}
-        for i, (view, keep) in enumerate(zip(views, patches_to_keep, strict=True)):
-            groups.setdefault((view.shape, None if keep is None else keep.shape), []).append(i)
+        shapes = [(view.shape, getattr(keep, "shape", None)) for view, keep in zip(views, patches_to_keep, strict=True)]
         projections: dict[int, Tensor] = {}
-        for members in groups.values():
-            keep = None if patches_to_keep[members[0]] is None else torch.cat([patches_to_keep[i] for i in members])
+        for shape in dict.fromkeys(shapes):
+            members = [i for i in range(len(views)) if shapes[i] == shape]
+            keep = None if shape[1] is None else torch.cat([patches_to_keep[i] for i in members])
             state = self.class_token(torch.cat([views[i] for i in members]), keep, interpolate_pos_encoding=True)
             projections.update(zip(members, self.fc(self.norm(state)).chunk(len(members)), strict=True))
         return torch.stack([projections[i] for i in range(len(views))])
 
-@torch.no_grad()
-def ema_update(target: list[Tensor], anchor: list[Tensor], momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * anchor, in place."""
-    torch._foreach_lerp_(target, anchor, 1 - momentum)
-
 class ViTMSNForPreTraining(nn.Module):
     """Masked Siamese Network: anchor encoder and prototypes, which learn, and the target encoder, which follows.
-    The options are those of msn_loss, but for `prior_exponent`, power_law_prior's (0: the uniform prior)."""
+    loss_options are those of msn_loss; `prior_exponent` is power_law_prior's (0: the uniform prior)."""
     def __init__(self, config: ViTMSNConfig, hidden_dim: int = 2048, output_dim: int = 256, num_prototypes: int = 1024,
-                 *, temperature: float = 0.1, sharpening: float = 0.25, sinkhorn_iterations: int = 3,
-                 memax_weight: float = 1.0, entropy_weight: float = 0.0, label_smoothing: float = 0.0,
-                 prior_exponent: float = 0.0, all_reduce: AllReduce = one_process):
+                 *, prior_exponent: float = 0.0, **loss_options):
         super().__init__()
-        self.config, self.prior_exponent, bound = config, prior_exponent, output_dim**-0.5
+        if unknown := loss_options.keys() - msn_loss.__kwdefaults__.keys():
+            raise TypeError(f"msn_loss has no option {min(unknown)!r}.")
+        self.config, self.prior_exponent, self.loss_options = config, prior_exponent, loss_options
+        bound = output_dim**-0.5
         self.anchor_encoder = MSNEncoder(config, hidden_dim, output_dim)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, output_dim).uniform_(-bound, bound))
         self.target_encoder = copy.deepcopy(self.anchor_encoder).requires_grad_(False)
-        self.loss_options = dict(temperature=temperature, sharpening=sharpening, all_reduce=all_reduce,
-                                 sinkhorn_iterations=sinkhorn_iterations, memax_weight=memax_weight,
-                                 entropy_weight=entropy_weight, label_smoothing=label_smoothing)
 
     def forward(self, target_view: Tensor, anchor_views: list[Tensor],
                 patches_to_keep: list[Tensor | None] | None = None, sharpening: float | None = None) -> MSNLoss:
@@ -624,9 +594,11 @@ class ViTMSNForPreTraining(nn.Module):
         prior = power_law_prior(len(self.prototypes), self.prior_exponent) if self.prior_exponent else None
         return msn_loss(anchors, targets, self.prototypes, log_prior=prior, **options)
 
+    @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        """Move the target encoder's parameters (not its batch-norm buffers) towards the anchor encoder's."""
-        ema_update(list(self.target_encoder.parameters()), list(self.anchor_encoder.parameters()), momentum)
+        """target <- momentum * target + (1 - momentum) * anchor, the parameters only, not the buffers of batch norm."""
+        target, anchor = self.target_encoder.parameters(), self.anchor_encoder.parameters()
+        torch._foreach_lerp_(list(target), list(anchor), 1 - momentum)
 
     def load_pretrained(self, name_or_path: str | os.PathLike) -> list[str]:
         """Start both encoders from weights that from_pretrained reads: a backbone alone, or with projection head and
@@ -660,59 +632,54 @@ def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {name.removeprefix("module.").replace("patch_embed.proj.", "patch_embed."): v for name, v in state.items()}
     return {name: value.flatten(1) if name == "patch_embed.weight" else value for name, value in state.items()}
 
-# transformers has used two sets of names. {i}: the layer; {qkv}: three tensors that we hold as one. In its classifiers
-# "vit." precedes all but `classifier`, in files of transformers 5 only some; so it is taken off wherever it stands.
-TRANSFORMERS_NAMES = {  # original: (in files, and in memory up to transformers 4; in memory since transformers 5)
-    "cls_token": ("embeddings.cls_token",) * 2, "mask_token": ("embeddings.mask_token",) * 2,
-    "pos_embed": ("embeddings.position_embeddings",) * 2,
-    "patch_embed.proj.*": ("embeddings.patch_embeddings.projection.*",) * 2,
-    "blocks.{i}.norm1.*": ("encoder.layer.{i}.layernorm_before.*", "layers.{i}.layernorm_before.*"),
-    "blocks.{i}.attn.qkv.*": ("encoder.layer.{i}.attention.attention.{qkv}.*", "layers.{i}.attention.{qkv}.*"),
-    "blocks.{i}.attn.proj.*": ("encoder.layer.{i}.attention.output.dense.*", "layers.{i}.attention.o_proj.*"),
-    "blocks.{i}.norm2.*": ("encoder.layer.{i}.layernorm_after.*", "layers.{i}.layernorm_after.*"),
-    "blocks.{i}.mlp.fc1.*": ("encoder.layer.{i}.intermediate.dense.*", "layers.{i}.mlp.fc1.*"),
-    "blocks.{i}.mlp.fc2.*": ("encoder.layer.{i}.output.dense.*", "layers.{i}.mlp.fc2.*"),
-    "norm.*": ("layernorm.*",) * 2, "classifier.*": ("classifier.*",) * 2}
+# In the classifiers of transformers "vit." precedes all but `classifier`, in files of version 5 only some; so it is
+# taken off wherever it stands.
+QKV = ("query", "key", "value")  # three tensors there, one of ours
+TRANSFORMERS_NAMES = (  # parts of names: original; in files, and in memory up to version 4; in memory since version 5
+    (".cls_token", ".embeddings.cls_token"), (".mask_token", ".embeddings.mask_token"),
+    (".pos_embed", ".embeddings.position_embeddings"), (".norm.", ".layernorm."),
+    (".patch_embed.proj.", ".embeddings.patch_embeddings.projection."), (".blocks.", ".encoder.layer.", ".layers."),
+    (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."),
+    *((f".attn.{x}.", f".attention.attention.{x}.", f".attention.{x[0]}_proj.") for x in QKV),
+    (".attn.proj.", ".attention.output.dense.", ".attention.o_proj."),
+    (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."))
 WEIGHT_FILES = ("checkpoint.pt", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                 "pytorch_model.bin.index.json")
-QKV_NAMES = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"))
 
-def name_pairs(names, style: int):
-    """Original names with their one or three in transformers (style: the column above), for all layers in `names`."""
-    layers = dict.fromkeys(i for name in names for i in re.findall(r"\b(?:blocks|layers?)\.(\d+)\.", name))
-    for original, columns in TRANSFORMERS_NAMES.items():
-        for i in layers if "{i}" in original else ("",):
-            for kind in ("weight", "bias") if "*" in original else ("",):
-                theirs = columns[style].replace("{i}", i).replace("*", kind)
-                split = [theirs.replace("{qkv}", name) for name in QKV_NAMES[style]] if "{qkv}" in theirs else [theirs]
-                yield original.replace("{i}", i).replace("*", kind), split
+def rename(state: dict[str, Tensor], parts: list[tuple[str, str]]) -> dict[str, Tensor]:
+    """The state dict with each of these parts of names replaced, in this order; a dot precedes every name."""
+    for old, new in parts:
+        state = {f".{name}".replace(old, new)[1:]: value for name, value in state.items()}
+    return state
 
 def to_transformers(state: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
     """Our state dict under the names of transformers' files; a classifier's backbone under `vit.`."""
-    prefix = "vit." if "vit.cls_token" in state else ""
-    state, converted = to_original({name.removeprefix("vit."): x for name, x in state.items()}, channels), {}
-    for original, theirs in name_pairs(state, 0):
-        if original in state:
-            for name, part in zip(theirs, state[original].chunk(len(theirs)), strict=True):
-                converted[name if name.startswith("classifier.") else prefix + name] = part.contiguous()
-    return converted
+    prefix, split = "vit." if "vit.cls_token" in state else "", {}
+    state = {name.removeprefix("vit."): value for name, value in state.items() if not name.startswith("fc.")}
+    for name, value in to_original(state, channels).items():
+        parts = QKV if ".qkv." in name else ("",)
+        for part, tensor in zip(parts, value.chunk(len(parts)), strict=True):
+            split[name.replace("qkv", part)] = tensor.contiguous()
+    renamed = rename(split, [(ours, theirs) for ours, theirs, *_ in TRANSFORMERS_NAMES])
+    return {name if name.startswith("classifier.") else prefix + name: value for name, value in renamed.items()}
 
 def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Any of the five layouts of transformers -> our names. Names that are not in the table stay as they are."""
-    state, converted = {name.removeprefix("vit."): value for name, value in state.items()}, {}
-    for original, theirs in name_pairs(state, style=int(any(name.startswith("layers.") for name in state))):
-        if all(name in state for name in theirs):
-            converted[original] = torch.cat([state.pop(name) for name in theirs])
-    return from_original({**converted, **state})
+    state = {name.removeprefix("vit."): value for name, value in state.items()}
+    state = rename(state, [(theirs, ours) for ours, *others in TRANSFORMERS_NAMES for theirs in others])
+    for query in [name for name in state if ".attn.query." in name]:
+        names = [query.replace("query", part) for part in QKV]
+        if all(name in state for name in names):
+            state[query.replace("query", "qkv")] = torch.cat([state.pop(name) for name in names])
+    return from_original(state)
 
 def infer_config(state: dict[str, Tensor], values: dict) -> ViTMSNConfig:
     """The architecture from the shapes of an original file, whose heads are 64 wide unless `values` says otherwise."""
     width, channels, p, _ = state["patch_embed.proj.weight"].shape
     sizes = {"hidden_size": width, "num_attention_heads": max(width // 64, 1), "num_channels": channels,
              "num_hidden_layers": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-             "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0], "patch_size": p,
-             "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-             "image_size": p * math.isqrt(state["pos_embed"].shape[1] - 1)}
+             "intermediate_size": len(state["blocks.0.mlp.fc1.weight"]), "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+             "image_size": p * math.isqrt(state["pos_embed"].shape[1] - 1), "patch_size": p}
     return ViTMSNConfig.from_dict({**sizes, **values})
 
 def read_tensors(path: Path) -> dict:
@@ -740,8 +707,7 @@ def read_tensors(path: Path) -> dict:
     except Exception as error:  # parsers of damaged files raise every kind there is
         reason = (str(error) or type(error).__name__).splitlines()[0]
         reason = "torch refuses to unpickle it" if reason.startswith("Weights only") else reason
-        raise ValueError(f"{path} can't be read: {reason}. It may be damaged, or hold more than tensors and plain "
-                         "values.") from error
+        raise ValueError(f"{path} can't be read: {reason}. It may be damaged or hold more than plain data.") from error
 
 def local_folder(name_or_path: str | os.PathLike) -> Path:
     """The folder itself, or where huggingface_hub puts the model of that name."""
@@ -787,17 +753,18 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, igno
     wrong = {name: f"{name} {tuple(getattr(value, 'shape', ()))} instead of {tuple(own[name].shape)}"
              for name, value in found.items() if getattr(value, "shape", None) != own[name].shape}
     new = [name for name in own if name not in found or name in wrong]
-    missing = [name for name in new if name not in wrong and not re.match(may_be_new, name)]
-    not_finite = [name for name, value in found.items() if name not in wrong and not torch.isfinite(value).all()]
-    refused = [] if ignore_mismatched_sizes else list(wrong.values())
-    for problem, names, advice in (("missing", missing, ""), ("not finite", not_finite, ""), (
-            "wrongly shaped", refused, " Use the matching config, or ignore_mismatched_sizes=True to draw them anew.")):
+    optional = r"fc\.|prototypes|classifier\.|mask_token"
+    unused = [name for name in weights if name not in own and not re.match(optional, name)]
+    problems = {
+        "missing": [name for name in new if name not in wrong and not re.match(may_be_new, name)],
+        "not finite": [name for name, value in found.items() if name not in wrong and not torch.isfinite(value).all()],
+        "wrongly shaped": [] if ignore_mismatched_sizes else list(wrong.values())}
+    advice = {"wrongly shaped": " Use the matching config, or ignore_mismatched_sizes=True to draw them anew."}
+    for problem, names in problems.items():
         if names:
-            raise ValueError(f"{source}: {len(names)} weights are {problem}: {', '.join(names[:8])}"
-                             f"{' ...' if len(names) > 8 else ''}.{advice}")
-    unexpected = [name for name in weights if name not in own
-                  and not re.match(r"fc\.|prototypes|classifier\.|mask_token", name)]
-    for problem, names in (("new, drawn at random", new), ("not used", unexpected)):
+            shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+            raise ValueError(f"{source}: {len(names)} weights are {problem}: {shown}.{advice.get(problem, '')}")
+    for problem, names in (("new, drawn at random", new), ("not used", unused)):
         if names:
             warnings.warn(f"{source}: {problem}: {', '.join(names)}", stacklevel=3)
     for name in found.keys() - wrong.keys():
@@ -805,8 +772,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, igno
     return new
 
 def write_file(path: Path, content: bytes | Callable) -> None:
-    """Write bytes, or what content(file) writes, to a temporary file, flush it to the disk, rename it. A reader never
-    sees half a file, and if the disk is full the old file stays."""
+    """Write bytes, or what content(file) writes, whole or not at all: then the old file stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -835,9 +801,8 @@ def normalize(pixels: Tensor) -> Tensor:
     return (pixels - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
 
 def preprocess(images, config: ViTMSNConfig, protocol: str = "squash") -> Tensor:
-    """PIL images (one or a list) -> pixel_values b c image_size image_size, bilinear, ImageNet mean and deviation.
-    protocol "squash" is the published processor's (transformers): resized without regard to the aspect ratio;
-    "center-crop" the paper's evaluation: shorter side to 256/224 of the size, then the middle."""
+    """PIL images (one or a list) -> b c image_size image_size: bilinear, ImageNet mean and deviation. "squash" (the
+    published processor) ignores the aspect ratio; "center-crop" (the paper's evaluation) cuts the middle 224/256."""
     images, size = [images] if isinstance(images, Image.Image) else list(images), config.image_size
     if protocol not in ("squash", "center-crop") or not images:
         raise ValueError(f"{len(images)} images, protocol={protocol!r}: pass at least one, 'squash' or 'center-crop'.")
