@@ -25,14 +25,11 @@ from torch import Tensor
 
 from train_msn import (
     VIEWS, Batch, Processes, TrainConfig, UsageError, add_flags, build_model, choose_precision, crop_boxes, draw_views,
-    generator_for, make_config, make_optimizer, make_views, run_program, schedule_at, train_step,
-)
+    generator_for, make_config, make_optimizer, make_views, run_program, schedule_at, start_processes, train_step)
 from vitmsn import (
-    PRESETS, ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, normalize, num_patches_to_keep, write_file,
-)
+    PRESETS, ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, normalize, num_patches_to_keep, write_file)
 
 # ---- Measuring. A case is a tuple (make, *arguments): make gives two functions, of a new input and what to time ------
-
 def seconds_of(run, x, args: argparse.Namespace) -> float:
     """Time of run(x): by the clock, on CUDA by the device's own events."""
     if args.device.type != "cuda":
@@ -46,18 +43,19 @@ def seconds_of(run, x, args: argparse.Namespace) -> float:
     end.synchronize()
     return start.elapsed_time(end) / 1000
 
-def measure(cases: dict, args: argparse.Namespace, warm_up: int = 2) -> dict:
+def measure(cases: dict, args: argparse.Namespace, memory: bool) -> dict:
     """Seconds (median, quartiles) and MiB of each case. Interleaved: what disturbs the machine disturbs all alike."""
-    memory, seconds = {name: {} for name in cases}, {name: [] for name in cases}
-    for name, case in cases.items() if args.memory else ():
+    results, seconds = {name: {} for name in cases}, {name: [] for name in cases}
+    for name, case in cases.items() if memory else ():
         with get_context("spawn").Pool(1) as pool:
-            memory[name] = {"memory": pool.apply(peak_memory, (args.threads, args.device, *case)) / 2**20}
+            results[name]["memory"] = pool.apply(peak_memory, (args.threads, args.device, *case)) / 2**20
     ready = {name: make(*arguments) for name, (make, *arguments) in cases.items()}
-    for _ in range(warm_up + args.repeats):
+    for _ in range(2 + args.repeats):  # the first two warm up
         for name, (new_input, run) in ready.items():
             seconds[name].append(seconds_of(run, new_input(), args))
-    quartiles = {name: np.quantile(values[warm_up:], (0.5, 0.25, 0.75)).tolist() for name, values in seconds.items()}
-    return {name: dict(zip(("median", "low", "high"), quartiles[name], strict=True)) | memory[name] for name in cases}
+    for name, result in results.items():
+        result["median"], result["low"], result["high"] = np.quantile(seconds[name][2:], (0.5, 0.25, 0.75)).tolist()
+    return results
 
 def peak_memory(threads: int, device: torch.device, make, *arguments) -> int:
     """In a process of its own: bytes that this case needs at most."""
@@ -94,7 +92,6 @@ def step_flops(config: TrainConfig) -> int:
     return config.batch_size * (per_image + forward_flops(model, whole) + head)
 
 # ---- Suites: each returns the rows of its table ----------------------------------------------------------------------
-
 def forward_case(library: str, config: ViTMSNConfig, attn: str, head: str, precision: str, batch: int, device):
     """A forward pass without autograd, of our model or that of transformers, with random weights."""
     config.attn_implementation = "eager" if attn == "eager" else "sdpa"
@@ -105,7 +102,8 @@ def forward_case(library: str, config: ViTMSNConfig, attn: str, head: str, preci
         auto = {"model": transformers.AutoModel, "classifier": transformers.AutoModelForImageClassification}[head]
         theirs = transformers.ViTMSNConfig(**config.to_dict())
         model = auto.from_config(theirs, attn_implementation=config.attn_implementation)
-    model, dtype = model.to(device, getattr(torch, precision)).eval(), getattr(torch, precision)
+    dtype = getattr(torch, precision)
+    model = model.to(device, dtype).eval()
     if attn == "compiled":  # CUDA graphs spare the launches, which at batch 1 take most of the time
         model.compile(mode="reduce-overhead" if device.type == "cuda" else None)
     shape = batch, config.num_channels, config.image_size, config.image_size
@@ -120,22 +118,22 @@ def inference(args: argparse.Namespace) -> list[dict]:
         for batch in args.batch_sizes:
             row, rest = {"precision": precision, "batch": batch}, (args.head, precision, batch, args.device)
             results = measure({(attn, library): (forward_case, library, config, attn, *rest)
-                               for attn in args.attn for library in ("ours", *args.against)}, args)
-            for (attn, library), result in results.items():
-                if library == "ours":
-                    row |= {attn: result, f"{attn}, of peak": batch * flops / result["median"] / peak}
-                else:
-                    ratio = result["median"] / results[attn, "ours"]["median"]
-                    row |= {f"{attn}, {library}": result, f"{attn}, {library} / ours": ratio}
+                               for attn in args.attn for library in ("ours", *args.against)}, args, args.memory)
+            for attn in args.attn:
+                ours = results[attn, "ours"]["median"]
+                row |= {attn: results[attn, "ours"], f"{attn}, of peak": batch * flops / ours / peak}
+                for other in args.against:
+                    result = results[attn, other]
+                    row |= {f"{attn}, {other}": result, f"{attn}, {other} / ours": result["median"] / ours}
             if {"eager", "sdpa"} <= set(args.attn):
-                row["eager / sdpa"] = results["eager", "ours"]["median"] / results["sdpa", "ours"]["median"]
+                row["eager / sdpa"] = row["eager"]["median"] / row["sdpa"]["median"]
             rows.append(row)
     return rows
 
 def views_case(config: TrainConfig, source: list[int], device: torch.device):
     """All views of a batch of decoded pictures of `source` = height, width."""
-    sizes, indices = torch.tensor([source] * config.batch_size), list(range(config.batch_size))
-    return (lambda: Batch(torch.randint(0, 256, (len(sizes), 3, *source)).byte(), sizes, indices, []),
+    sizes = torch.tensor([source] * config.batch_size)
+    return (lambda: Batch(torch.randint(0, 256, (len(sizes), 3, *source)).byte(), sizes, [], []),
             lambda x: make_views(x._replace(images=x.images.to(device)), config, 0, slice(0, len(sizes))))
 
 def step_parts(config: TrainConfig, attn: str, source: list[int], device: torch.device) -> dict:
@@ -164,25 +162,23 @@ def step_case(*description):
 
 def train(args: argparse.Namespace) -> list[dict]:
     """A row for each attention path and each value of what varies: a mask ratio, a size, a number."""
-    # Focal views are never masked, so the suite that shows what masking spares leaves them out.
-    base, rows = training_config(args, **({"focal_views": 0} if args.suite == "masking" else {})), []
-    ratios = args.mask_ratios if args.suite == "masking" else [base.mask_ratio]
-    series = {"mask_ratio": ratios} if args.suite != "growth" else {
-        field: [max(getattr(base, field), 1) * 2**i for i in range(args.doublings + 1)]
-        for field in ("image_size", "num_prototypes", "focal_views")}
-    peak = matmul_peak(base.precision, args)
+    unmasked = {"focal_views": 0} if args.suite == "masking" else {}  # focal views would hide what masking spares
+    base, rows = training_config(args, **unmasked), []
+    series, peak = {"mask_ratio": getattr(args, "mask_ratios", [base.mask_ratio])}, matmul_peak(base.precision, args)
+    if args.suite == "growth":
+        series = {field: [max(getattr(base, field), 1) * 2**i for i in range(args.doublings + 1)]
+                  for field in ("image_size", "num_prototypes", "focal_views")}
     for field, values in series.items():
         configs = {value: replace(base, **{field: value}) for value in values}
         cases = {(attn, value): (step_case, config, attn, args.source_size, args.device)
                  for attn in args.attn for value, config in configs.items()}
-        for (attn, value), result in measure(cases, args).items():
+        for (attn, value), result in measure(cases, args, args.memory).items():
             flops, seconds = step_flops(configs[value]), result["median"]
             rows.append({"attention": attn or "as trained", field: value, "step": result, "GFLOP": flops / 1e9,
                          "images/s": base.batch_size / seconds, "of peak": flops / seconds / peak})
             if args.suite == "train":
                 parts = step_parts(*cases[attn, value][1:])
-                no_memory = argparse.Namespace(**{**vars(args), "memory": False})
-                times = measure({part: (parts.get, part) for part in parts}, no_memory)
+                times = measure({part: (parts.get, part) for part in parts}, args, memory=False)
                 rows[-1] |= {part: times[part]["median"] / times["step"]["median"] for part in list(parts)[1:]}
     return rows
 
@@ -226,13 +222,12 @@ def views(args: argparse.Namespace) -> list[dict]:
     """The view generator against Pillow, which computes one picture at a time on the CPU."""
     config = training_config(args)
     results = measure({name: (case, config, args.source_size, args.device)
-                       for name, case in (("ours", views_case), ("Pillow", pillow_case))}, args)
+                       for name, case in (("ours", views_case), ("Pillow", pillow_case))}, args, args.memory)
     rates = {f"{name}, pictures/s": config.batch_size / result["median"] for name, result in results.items()}
-    return [{"source": "x".join(map(str, args.source_size)), "views": 1 + config.random_views + config.focal_views,
+    return [{"source": "{}x{}".format(*args.source_size), "views": 1 + config.random_views + config.focal_views,
              **results, **rates, "Pillow / ours": results["Pillow"]["median"] / results["ours"]["median"]}]
 
 # ---- The command line ------------------------------------------------------------------------------------------------
-
 SUITES = {"inference": inference, "masking": train, "train": train, "growth": train, "views": views}
 
 def training_config(args: argparse.Namespace, recipe: str = "demo", **defaults) -> TrainConfig:
@@ -251,26 +246,28 @@ def make_parser() -> argparse.ArgumentParser:
     for name, suite in SUITES.items():
         sub = suites.add_parser(name, description=suite.__doc__, conflict_handler="resolve")
         add_flags(sub, TrainConfig)
-        sub.add_argument("--preset", choices=PRESETS, help="a published shape and its pretraining")
-        sub.add_argument("--threads", type=int, default=1 if name == "views" else torch.get_num_threads())
-        sub.add_argument("--repeats", type=int, default=10)
+        flag = sub.add_argument
+        flag("--preset", choices=PRESETS, help="a published shape and its pretraining")
+        flag("--threads", type=int, default=1 if name == "views" else torch.get_num_threads())
+        flag("--repeats", type=int, default=10)
         memory = sys.platform == "linux" and name not in ("inference", "views")
-        sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=memory)
-        sub.add_argument("--cpu-time", action="store_true", help="not the clock's: for one thread on a busy machine")
-        sub.add_argument("--source-size", type=int, nargs=2, help="height and width of the decoded pictures")
-        sub.add_argument("--json", help="file for machine, flags and rows; times in seconds, memory in MiB")
-        sub.add_argument("--attn", nargs="+", choices=("eager", "sdpa", *["compiled"] * (name == "inference")),
-                         default=["eager", "sdpa"] if name == "inference" else [""])
+        flag("--memory", action=argparse.BooleanOptionalAction, default=memory)
+        flag("--cpu-time", action="store_true", help="not the clock's: for one thread on a busy machine")
+        flag("--source-size", type=int, nargs=2, help="height and width of the decoded pictures")
+        flag("--json", help="file for machine, flags and rows; times in seconds, memory in MiB")
         if name == "masking":
-            sub.add_argument("--mask-ratios", type=float, nargs="+", default=[i / 10 for i in range(10)])
+            flag("--mask-ratios", type=float, nargs="+", default=[i / 10 for i in range(10)])
         if name == "growth":
-            sub.add_argument("--doublings", type=int, default=2)
-        if name == "inference":
-            dtypes = ("float32", "float16", "bfloat16")
-            sub.add_argument("--precision", dest="precisions", nargs="+", default=["float32"], choices=dtypes)
-            sub.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
-            sub.add_argument("--head", choices=("model", "classifier"), default="model")
-            sub.add_argument("--against", nargs="+", choices=("transformers",), default=[])
+            flag("--doublings", type=int, default=2)
+        if name != "inference":
+            flag("--attn", nargs="+", choices=("eager", "sdpa"), default=[""])
+            continue
+        dtypes = ("float32", "float16", "bfloat16")
+        flag("--attn", nargs="+", choices=("eager", "sdpa", "compiled"), default=["eager", "sdpa"])
+        flag("--precision", dest="precisions", nargs="+", choices=dtypes, default=["float32"])
+        flag("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
+        flag("--head", choices=("model", "classifier"), default="model")
+        flag("--against", nargs="+", choices=("transformers",), default=[])
     return parser
 
 def show(value) -> str:
@@ -283,13 +280,10 @@ def show(value) -> str:
 def main(argv: list[str]) -> None:
     """The command line; without a suite, inference."""
     args = make_parser().parse_args(argv if argv and argv[0] in (*SUITES, "-h", "--help") else ["inference", *argv])
-    wanted, cuda = getattr(args, "device", "auto"), torch.cuda.is_available()
     if min(args.threads, args.repeats, *getattr(args, "batch_sizes", ())) < 1:
         raise UsageError(f"--threads {args.threads}, --repeats {args.repeats} and --batch-sizes must be at least 1.")
-    if wanted == "cuda" and not cuda:
-        raise UsageError("--device cuda needs a GPU that torch sees, and there is none; use --device cpu.")
     torch.set_num_threads(args.threads)
-    args.device = torch.device("cuda" if cuda and wanted != "cpu" else "cpu")
+    args.device = start_processes(TrainConfig(device=getattr(args, "device", "auto"))).device
     args.clock = time.process_time if args.cpu_time else time.perf_counter
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)|\Z", info.read_text())[1] if info.exists() else sys.platform

@@ -5,8 +5,7 @@
     torchrun --nproc-per-node=8 train_msn.py --recipe small-16 --data path/to/imagenet --batch-size 1024
 
 Each run has its folder (runs/<recipe>-001, ...): config.json, metrics.csv, knn.csv, pictures, checkpoint.pt, and at
-the end encoder/, which transformers loads. `--resume` goes on where it stopped, bit for bit. In reading order:
-settings, data, views and masks, schedules, processes, one training step, evaluation, checkpoints, pictures, the loop.
+the end encoder/, which transformers loads. `--resume` goes on where it stopped, bit for bit.
 """
 import argparse
 import csv
@@ -23,7 +22,8 @@ import tarfile
 import time
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections import namedtuple
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from vitmsn import (
@@ -45,6 +44,7 @@ from vitmsn import (
     to_original, to_rgb, write_file)
 
 # ---- Settings: one frozen dataclass, from which the command line is derived ------------------------------------------
+ORDER, VIEWS, MASKS, DROPOUT, IMAGES = range(5)  # streams of random numbers, for generator_for
 
 class UsageError(ValueError):
     """What the user asked for can't be done: one line on the terminal, exit status 2."""
@@ -114,8 +114,7 @@ class TrainConfig:
     clip_grad: float = opt(3.0, "joint norm to which the encoder's gradients are clipped", range=(1e-6, 10**9))
     momentum: float = opt(0.996, "of the target encoder, at the start of its linear schedule", range=(0, 1))
     final_momentum: float = opt(1.0, "at the end", range=(0, 1))
-    # The published 1.25 keeps the last steps from being wasted at rate 0.
-    schedule_stretch: float = opt(1.25, "schedules span so many times the run, not reaching their end", range=(1, 10))
+    schedule_stretch: float = opt(1.25, "length of the schedules in runs; above 1 no step has rate 0", range=(1, 10))
     # Machine
     device: str = opt("auto", "where to train", choices=("auto", "cpu", "cuda"))
     precision: str = opt("auto", "auto: bfloat16 where fast", choices=("auto", "float32", "bfloat16", "float64"))
@@ -151,9 +150,8 @@ class TrainConfig:
 def check_range(f, value) -> None:
     """Raise UsageError if the value of field f is of another kind or outside its limits."""
     pair, seen = f.type is tuple, f"{f.name}={value!r}"
-    values, kinds = (value if pair else (value,)), ((int, float) if f.type in (float, tuple) else f.type)
-    if not isinstance(values, (tuple, list)) or len(values) != 1 + pair or not all(
-            isinstance(v, kinds) and isinstance(v, bool) == (f.type is bool) for v in values):
+    values, kinds = (value if pair else (value,)), ((int, float) if f.type in (float, tuple) else (f.type,))
+    if not isinstance(values, (tuple, list)) or len(values) != 1 + pair or any(type(v) not in kinds for v in values):
         raise UsageError(f"{seen} must be {'two numbers' if pair else 'of type ' + f.type.__name__}.")
     if value not in f.metadata.get("choices", (value,)):
         raise UsageError(f"{seen} is not known; use one of {', '.join(f.metadata['choices'])}.")
@@ -163,28 +161,23 @@ def check_range(f, value) -> None:
             raise UsageError(f"{seen} is out of range; use {low} to {high}{', the lower one first' if pair else ''}.")
 
 SMALL = {  # what serves small images and short runs; the README's table of experiments says how it was found
-    "head_hidden_size": 512, "output_dim": 128, "warmup_epochs": 2.0, "lr": 1e-3, "momentum": 0.9, "batch_size": 64,
-    "weight_decay": 0.04, "final_weight_decay": 0.1, "blur": 0.0, "schedule_stretch": 1.0}
-
+    "image_size": 32, "patch_size": 4, "num_attention_heads": 3, "head_hidden_size": 512, "output_dim": 128,
+    "num_prototypes": 128, "focal_views": 2, "focal_size": 16, "blur": 0.0, "batch_size": 64, "warmup_epochs": 1.0,
+    "final_weight_decay": 0.1, "momentum": 0.9, "schedule_stretch": 1.0}
 RECIPES = {
-    "demo": {**SMALL, "data": "synthetic", "epochs": 10, "image_size": 32, "patch_size": 4, "hidden_size": 96,
-             "num_hidden_layers": 3, "num_attention_heads": 3, "focal_views": 2, "focal_size": 16, "knn_every": 2,
-             "num_prototypes": 64, "head_hidden_size": 256, "mask_ratio": 0.3, "crop_scale": (0.5, 1.0),
-             "focal_scale": (0.15, 0.4), "lr": 3e-3, "warmup_epochs": 1.0},
-    "cifar10": {**SMALL, "data": "cifar10", "epochs": 100, "image_size": 32, "patch_size": 4, "hidden_size": 192,
-                "num_hidden_layers": 6, "num_attention_heads": 3, "focal_views": 4, "focal_size": 16,
-                "num_prototypes": 128, "knn_every": 5},
+    "demo": {**SMALL, "data": "synthetic", "epochs": 10, "hidden_size": 96, "num_hidden_layers": 3, "lr": 3e-3,
+             "head_hidden_size": 256, "num_prototypes": 64, "mask_ratio": 0.3, "crop_scale": (0.5, 1.0),
+             "focal_scale": (0.15, 0.4), "knn_every": 2},
+    "cifar10": {**SMALL, "data": "cifar10", "epochs": 100, "hidden_size": 192, "num_hidden_layers": 6,
+                "focal_views": 4, "warmup_epochs": 2.0, "knn_every": 5},
     "imagenette": {**SMALL, "data": "imagenette", "epochs": 27, "image_size": 64, "patch_size": 8, "hidden_size": 128,
-                   "num_hidden_layers": 4, "num_attention_heads": 4, "focal_views": 2, "focal_size": 32,
-                   "focal_scale": (0.1, 0.4), "num_prototypes": 128, "mask_ratio": 0.5, "lr": 2e-3,
-                   "warmup_epochs": 1.0, "knn_every": 3},
-}
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
-RECIPES |= {  # the published ones (paper, Appendix A.1). Views are whole patches: of 7 pixels, 98 is the nearest to 96
-    name: {**dict(zip(SHAPE, PRESETS[name], strict=True)), "mask_ratio": ratio, "epochs": epochs,
-           "focal_size": 98 if name == "large-7" else 96}
-    for name, ratio, epochs in (("small-16", 0.15, 800), ("base-16", 0.3, 600), ("large-16", 0.5, 600),
-                                ("base-8", 0.3, 600), ("base-4", 0.7, 300), ("large-7", 0.7, 200))}
+                   "num_hidden_layers": 4, "num_attention_heads": 4, "lr": 2e-3, "focal_size": 32, "mask_ratio": 0.5,
+                   "focal_scale": (0.1, 0.4), "knn_every": 3}}
+for name, ratio, epochs in (("small-16", 0.15, 800), ("base-16", 0.3, 600), ("large-16", 0.5, 600),
+                            ("base-8", 0.3, 600), ("base-4", 0.7, 300), ("large-7", 0.7, 200)):
+    shape = zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"), PRESETS[name], strict=True)
+    RECIPES[name] = {**dict(shape), "mask_ratio": ratio, "epochs": epochs}  # as published (paper, Appendix A.1)
+RECIPES["large-7"]["focal_size"] = 98  # views are whole patches: of 7 pixels, this is the nearest to 96
 # Flags that a resumed run may change, because the result is the same.
 FREE_TO_CHANGE = {"resume", "output_dir", "num_workers", "max_steps", "checkpoint_every", "knn_every", "cache_mb"}
 
@@ -221,22 +214,21 @@ def run_program(main, argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
 
 def generator_for(seed: int, *stream: int) -> torch.Generator:
-    """A generator that is a pure function of the seed and of what it is for: a name below, then epoch or step, rank."""
+    """A generator that is a pure function of the seed and of what it is for: a stream, then epoch or step, rank."""
     state = np.random.SeedSequence([seed, *stream]).generate_state(2)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
-ORDER, VIEWS, MASKS, DROPOUT, IMAGES = range(5)  # streams of random numbers
-
 # ---- Data: built-in images, CIFAR-10, or a folder --------------------------------------------------------------------
-# An image is uint8, c height width.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 
 class Batch(NamedTuple):
-    """images: b c height width, uint8, smaller ones in the top left corner; sizes: b 2, height and width of each;
-    indices: which images these are; unreadable: files for which the next readable one stands in."""
-    images: Tensor
-    sizes: Tensor
-    indices: list[int]
-    unreadable: list[str]
+    """Images as the data sets below give them."""
+    images: Tensor  # b c height width, uint8, smaller ones in the top left corner
+    sizes: Tensor  # b 2, height and width of each
+    indices: list[int]  # which images of the data set these are
+    unreadable: list[str]  # files for which the next readable one stands in
 
 @dataclass(eq=False)
 class ImagesInMemory(Dataset):
@@ -251,16 +243,13 @@ class ImagesInMemory(Dataset):
         return Batch(self.images[indices], sizes, indices, [])
 
 class ImageFiles(Dataset):
-    """Images that are read when they are asked for. Pictures whose shorter side is over `side` pixels are reduced to
-    it: a batch of camera pictures would not fit into memory. Decoded ones are kept up to `cache_bytes`."""
+    """Images read when asked for, the shorter side reduced to `side` pixels; decoded ones kept up to `cache_bytes`."""
     def __init__(self, paths: list[Path], side: int, cache_bytes: int):
-        self.paths, self.side, self.free_bytes = paths, side, cache_bytes
-        self.cache: dict[int, Tensor] = {}
+        self.paths, self.side, self.free_bytes, self.cache = paths, side, cache_bytes, {}
         sample = range(0, len(paths), max(len(paths) // 32, 1))
         readable = sum(self.read(i) is not None for i in sample)
         if 2 * readable <= len(sample):
-            raise ValueError(f"of {len(sample)} files tried in {paths[0].parent}, only {readable} are readable images; "
-                             "check the folder.")
+            raise ValueError(f"of {len(sample)} files tried in {paths[0].parent}, only {readable} are readable images.")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -307,13 +296,8 @@ def load_image(path: Path, side: int) -> Tensor:
         image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR, reducing_gap=2)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
-class Images(NamedTuple):
-    """A data set. Labels are class numbers, or None where there are none; val is None if there is no such part."""
-    classes: list[str]
-    train: Dataset
-    train_labels: Tensor | None
-    val: Dataset | None
-    val_labels: Tensor | None
+# A data set: two Datasets and the class numbers of their images. Without labels or val the last three are None.
+Images = namedtuple("Images", "classes train train_labels val val_labels")
 
 def open_data(config: TrainConfig) -> Images:
     """What --data names: synthetic, cifar10, or a folder."""
@@ -341,16 +325,14 @@ TEXTURES = {  # u, v: phases in two directions at right angles; n(width): smooth
     "blobs": lambda u, v, n: tanh(2 * n(1.5)),
     "grain": lambda u, v, n: tanh(2 * n(0.3))}
 
-def draw_texture(kind: str, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+def draw_texture(texture: Callable, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Grey textures of one kind, each with its own turn, period, phase and bends. -> count size size."""
-    shape = (count, 1, 1)
-    turn, period = rng.uniform(0, 2 * np.pi, shape), rng.uniform(5, 9, shape)
-    # Bent, so that no two images match pixel by pixel.
+    turn, period = rng.uniform(0, 2 * pi, (count, 1, 1)), rng.uniform(5, 9, (count, 1, 1))
     y, x = np.mgrid[:size, :size]
-    x, y = (axis + 1.5 * smooth_noise(count, size, 5, rng) for axis in (x, y))
-    u = 2 * np.pi * (np.cos(turn) * x + np.sin(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
-    v = 2 * np.pi * (-np.sin(turn) * x + np.cos(turn) * y) / period + rng.uniform(0, 2 * np.pi, shape)
-    return TEXTURES[kind](u, v, lambda width: smooth_noise(count, size, width, rng))
+    x, y = (axis + 1.5 * smooth_noise(count, size, 5, rng) for axis in (x, y))  # bent: no two images match by pixel
+    u = 2 * pi * (cos(turn) * x + sin(turn) * y) / period + rng.uniform(0, 2 * pi, (count, 1, 1))
+    v = 2 * pi * (-sin(turn) * x + cos(turn) * y) / period + rng.uniform(0, 2 * pi, (count, 1, 1))
+    return texture(u, v, lambda width: smooth_noise(count, size, width, rng))
 
 def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 32) -> Images:
     """Ten kinds of grey texture. The class is what any two crops of an image have in common; place, turn, period and
@@ -358,8 +340,8 @@ def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 
     rng = np.random.default_rng([seed, IMAGES])
     labels, kinds = torch.arange(train + val) % len(TEXTURES), len(TEXTURES)
     pixels = np.empty((train + val, size, size), np.float32)
-    for label, kind in enumerate(TEXTURES):
-        pixels[label::kinds] = draw_texture(kind, len(pixels[label::kinds]), size, rng)
+    for label, texture in enumerate(TEXTURES.values()):
+        pixels[label::kinds] = draw_texture(texture, len(labels[label::kinds]), size, rng)
     pixels -= pixels.mean(axis=(1, 2), keepdims=True)  # neither brightness nor contrast may give the kind away
     pixels /= pixels.std(axis=(1, 2), keepdims=True)
     shape = (train + val, 1, 1)
@@ -368,9 +350,6 @@ def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 
     images = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
     return Images(list(TEXTURES), ImagesInMemory(images[:train]), labels[:train], ImagesInMemory(images[train:]),
                   labels[train:])
-
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 
 class PickledArray:
     """Keeps what a pickle would hand to numpy, whose own functions trust it: an array of objects at any address."""
@@ -390,10 +369,9 @@ class CifarUnpickler(pickle.Unpickler):
         return PickledArray
 
 def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
-    """One of the original batches -> images n 3 32 32 (uint8), labels n."""
-    stored = io.BytesIO(path.read_bytes())
+    """One of the original batches -> images n 3 32 32 (uint8), labels n. Raises ValueError if it is none."""
     try:
-        content = CifarUnpickler(stored, encoding="bytes").load()
+        content = CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         _, shape, _, _, pixels = content[b"data"].state
         labels = torch.tensor(list(bytes([*content[b"labels"]])))  # bytes() takes a flat list of small numbers only
         if shape != (len(labels), 3072) or labels.max() > 9:
@@ -406,10 +384,10 @@ def cifar10_images(data_dir: Path) -> Images:
     """The data_batch_* files that are there; if there are none, the archive is downloaded, checked and unpacked."""
     found = [f for f in (data_dir, data_dir / "cifar-10-batches-py") if (f / "test_batch").is_file()]
     folder = found[0] if found else download_cifar10(data_dir)
-    batches = [read_cifar_batch(path) for path in sorted(folder.glob("data_batch_[1-5]"))]
-    if not batches:
+    paths = sorted(folder.glob("data_batch_[1-5]"))
+    if not paths:
         raise FileNotFoundError(f"{folder} has a test_batch but no data_batch_1 ... data_batch_5.")
-    train, train_labels = map(torch.cat, zip(*batches, strict=True))
+    train, train_labels = map(torch.cat, zip(*map(read_cifar_batch, paths), strict=True))
     val, val_labels = read_cifar_batch(folder / "test_batch")
     classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     return Images(classes, ImagesInMemory(train), train_labels, ImagesInMemory(val), val_labels)
@@ -426,8 +404,6 @@ def download_cifar10(data_dir: Path) -> Path:
         for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
             write_file(folder / name, tar.extractfile(f"cifar-10-batches-py/{name}").read())
     return folder
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 def image_paths(folder: Path) -> list[Path]:
     """All picture files below a folder, in a fixed order. Raises UsageError if there are none."""
@@ -452,8 +428,7 @@ def folder_images(folder: Path, side: int, cache_bytes: int) -> Images:
     return Images(classes, images, labels, ImageFiles(val_paths, side, cache_bytes), val_labels)
 
 def step_batches(config: TrainConfig, num_images: int, steps: range, rows: slice) -> Iterator[list[int]]:
-    """Which images each step of this process takes: the epoch's order is drawn from (seed, epoch), the global batch of
-    the step is a stretch of it, and the process takes its rows."""
+    """The images of each step: this process's rows of a stretch of the epoch's order, drawn from (seed, epoch)."""
     for step in steps:
         epoch, place = divmod(step, num_images // config.batch_size)
         if place == 0 or step == steps.start:
@@ -461,7 +436,6 @@ def step_batches(config: TrainConfig, num_images: int, steps: range, rows: slice
         yield order[place * config.batch_size:][rows].tolist()
 
 # ---- Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur; whole batches on the training device
-
 # Uniform numbers per view and image. They are drawn on the CPU for the global batch, whatever the number of processes.
 TRIES = 10  # of a crop that fits
 DRAWS = {"crop": 2 * TRIES + 2, "flip": 1, "jitter": 1, "factors": 4, "order": 4, "grey": 1, "blur": 2}
@@ -578,8 +552,7 @@ def make_view(batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size:
     return normalize(pixels)
 
 def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Target view, then the anchor views (random, focal), and the patches to keep of each anchor view: a pure function
-    of the images and of (seed, step). `rows` are this process's rows of the global batch."""
+    """Target and anchor views (random, then focal), patches to keep of each anchor: functions of images, seed, step."""
     sizes = [(config.image_size, config.crop_scale)] * (1 + config.random_views)
     sizes += [(config.focal_size, config.focal_scale)] * config.focal_views
     draws = draw_views(config.batch_size, len(sizes), generator_for(config.seed, VIEWS, step))
@@ -594,7 +567,6 @@ def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tup
     return views, keep + [None] * config.focal_views
 
 # ---- Schedules (Appendix A.1) ----------------------------------------------------------------------------------------
-
 def linear(step: float, total_steps: float, start: float, final: float) -> float:
     """From start, exact at step 0, to final at total_steps."""
     return start + (final - start) * step / total_steps
@@ -609,12 +581,7 @@ def warmup_cosine(step: float, warmup_steps: int, total_steps: int, start: float
         return linear(step, warmup_steps, start, peak)
     return cosine(step - warmup_steps, max(1, total_steps - warmup_steps), peak, final)
 
-class StepValues(NamedTuple):
-    """What the schedules say for one step."""
-    lr: float
-    weight_decay: float
-    momentum: float
-    sharpening: float
+StepValues = namedtuple("StepValues", "lr weight_decay momentum sharpening")  # what the schedules say for one step
 
 def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepValues:
     """A pure function of the step (from 0). As published, learning rate and weight decay are advanced before they are
@@ -628,26 +595,22 @@ def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepVal
         sharpening=linear(step, stretched, config.sharpening, config.final_sharpening))
 
 # ---- Many processes: all that knows of torch.distributed; one process needs none of it -------------------------------
+JOIN_TIMEOUT = timedelta(minutes=5)  # in which all processes must appear
 
-class AllReduceSum(torch.autograd.Function):
-    """Sum over all processes. Every process's loss depends on every process's x, so gradients are summed alike."""
+class AllReduce(torch.autograd.Function):
+    """The reduction that vitmsn.msn_loss asks for: "sum" (with its gradient) or "max" (of a detached x).
+    Every process's loss depends on every process's x, so the gradients of a sum are summed alike."""
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, op: str) -> Tensor:
         x = x.contiguous().clone()
-        dist.all_reduce(x)
+        dist.all_reduce(x, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
         return x
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return AllReduceSum.apply(grad)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return all_processes(grad, "sum"), None
 
-def all_processes(x: Tensor, op: str) -> Tensor:
-    """The reduction that vitmsn.msn_loss asks for: "sum" (with its gradient) or "max" (without) over all processes."""
-    if op == "sum":
-        return AllReduceSum.apply(x)
-    x = x.detach().clone()
-    dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x
+all_processes = AllReduce.apply
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
     """Batch norm with the statistics of the batch of all processes (torch's own refuses CPU tensors). x: rows d."""
@@ -666,31 +629,20 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of how many processes this is, and on which device it computes."""
+    """Which of how many processes this is, on which device it computes, and what sums up over all of them."""
     rank: int
     count: int
     device: torch.device
-
-    def rows(self, batch_size: int) -> slice:
-        """This process's rows of the global batch."""
-        share = batch_size // self.count
-        return slice(self.rank * share, (self.rank + 1) * share)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean over all processes."""
-        return x if self.count == 1 else all_processes(x, "sum") / self.count
-
-JOIN_TIMEOUT = timedelta(minutes=5)  # in which all processes must appear
+    reduce: Callable[[Tensor, str], Tensor] = one_process
 
 def start_processes(config: TrainConfig) -> Processes:
     """Join the process group that torchrun describes in the environment; without torchrun, one process."""
     count, rank, local = (int(os.environ.get(*name)) for name in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 0
     if config.device == "cuda" and not gpus:
-        raise UsageError("device='cuda' but torch sees no CUDA device; use --device cpu, or a CUDA build of torch.")
+        raise UsageError("device='cuda' but torch sees no CUDA device (GPU); use --device cpu or a CUDA build.")
     if gpus and local >= gpus:
-        raise UsageError(f"process {local} of this machine has no GPU of its own ({gpus} are there); start fewer "
-                         "processes, or use --device cpu.")
+        raise UsageError(f"process {local} has no GPU ({gpus} are here); start fewer processes, or use --device cpu.")
     if config.batch_size % count or config.batch_size // count < 2:
         raise UsageError(f"batch_size={config.batch_size} can't be shared evenly by {count} processes, two images or "
                          f"more each; use {max(2, math.ceil(config.batch_size / count)) * count}.")
@@ -701,17 +653,17 @@ def start_processes(config: TrainConfig) -> Processes:
         store, *_ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         store.set_timeout(timeout)
         dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=count, timeout=timeout)
-    return Processes(rank, count, torch.device("cuda", local) if gpus else torch.device("cpu"))
+    device = torch.device("cuda", local) if gpus else torch.device("cpu")
+    return Processes(rank, count, device, all_processes if count > 1 else one_process)
 
 # ---- One training step -----------------------------------------------------------------------------------------------
-
 def choose_precision(wanted: str, device: torch.device) -> str:
     """auto is bfloat16 where matrix products in it are fast: CUDA from Ampere on, CPUs with AMX."""
-    if wanted != "auto":
-        return wanted
-    fast = (torch.cuda.get_device_capability(device)[0] >= 8 if device.type == "cuda"
-            else getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-    return "bfloat16" if fast else "float32"
+    if wanted == "auto":
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        fast = torch.cuda.get_device_capability(device)[0] >= 8 if device.type == "cuda" else amx
+        wanted = "bfloat16" if fast else "float32"
+    return wanted
 
 def build_model(config: TrainConfig, processes: Processes) -> ViTMSNForPreTraining:
     """The Masked Siamese Network of these settings, its weights a function of the seed alone."""
@@ -720,27 +672,22 @@ def build_model(config: TrainConfig, processes: Processes) -> ViTMSNForPreTraini
         config.model_config(), config.head_hidden_size, config.output_dim, config.num_prototypes,
         temperature=config.temperature, sharpening=config.sharpening, sinkhorn_iterations=config.sinkhorn_iterations,
         memax_weight=config.memax_weight, entropy_weight=config.entropy_weight, label_smoothing=config.label_smoothing,
-        prior_exponent=config.prior_exponent, all_reduce=all_processes if processes.count > 1 else one_process)
+        prior_exponent=config.prior_exponent, all_reduce=processes.reduce)
     if config.init_from:
         new = model.load_pretrained(config.init_from)
         print(f"starting from {config.init_from}; new are: {', '.join(new) or 'none'}", flush=True)
     model.prototypes.requires_grad_(not config.freeze_prototypes)
-    # On a CPU the fused kernel's backward pass in bfloat16 takes 3 to 8 times as long as the written-out one; in
-    # float32 neither wins always (bench.py train --attn eager sdpa). On a GPU the fused kernel is made for this.
+    # On a CPU the fused kernel's backward pass in bfloat16 takes 3 to 8 times as long as the written-out one.
     model.anchor_encoder.set_attn_implementation("sdpa" if processes.device.type == "cuda" else "eager")
     if config.gradient_checkpointing:
         model.anchor_encoder.gradient_checkpointing_enable()
-    if processes.count > 1:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                module.__class__ = GlobalBatchNorm1d
-    if config.precision == "float64":
-        model.double()
-    return model.to(processes.device).train()
+    for module in model.modules():
+        if processes.count > 1 and isinstance(module, nn.BatchNorm1d):
+            module.__class__ = GlobalBatchNorm1d
+    return model.to(processes.device, torch.float64 if config.precision == "float64" else torch.float32).train()
 
 def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[dict]:
-    """For AdamW. Decayed: encoder parameters of two or more dimensions, as published with class token and positions
-    among them. Not decayed: biases and norms; the prototypes."""
+    """For AdamW, as published: encoder parameters of two or more dimensions decay; biases, norms, prototypes do not."""
     encoder = list(model.anchor_encoder.parameters())
     return [{"params": [p for p in encoder if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in encoder if p.ndim < 2], "weight_decay": 0.0},
@@ -754,9 +701,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
                patches_to_keep: list[Tensor | None], now: StepValues, clip_grad: float,
                precision: str = "float32") -> tuple[MSNLoss, Tensor]:
     """One update of anchor encoder, prototypes and target encoder -> terms of the loss, norm of the encoder's gradient.
-    model: ViTMSNForPreTraining, or it in DistributedDataParallel. Raises FloatingPointError, before anything has
-    changed, if the loss or a gradient is not finite."""
-    network = model.module if isinstance(model, DistributedDataParallel) else model
+    Raises FloatingPointError, before anything has changed, if the loss or a gradient is not finite."""
+    network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     with torch.autocast(target_view.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         loss = model(target_view, anchor_views, patches_to_keep, now.sharpening)
     optimizer.zero_grad(set_to_none=True)
@@ -765,9 +711,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
     grad_norm = nn.utils.clip_grad_norm_(network.anchor_encoder.parameters(), clip_grad, foreach=True)
     check = [loss.loss.detach(), grad_norm, *(g.abs().max() for g in [network.prototypes.grad] if g is not None)]
     if not torch.isfinite(torch.stack(check)).all():  # the one place where the host waits for the device
-        raise FloatingPointError(
-            f"loss {loss.loss.item():.4g} (cross-entropy {loss.cross_entropy.item():.4g}, me-max "
-            f"{loss.memax.item():.4g}, entropy {loss.entropy.item():.4g}), gradient norm {grad_norm.item():.4g}")
+        names, values = ("loss", "cross-entropy", "me-max", "entropy", "gradient norm"), (*loss[:4], grad_norm)
+        terms = ", ".join(f"{name} {value.item():.4g}" for name, value in zip(names, values, strict=True))
+        raise FloatingPointError(f"not finite: {terms}")
     for group in optimizer.param_groups:
         group["lr"] = now.lr
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay  # the first group is the one that decays
@@ -776,7 +722,6 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
     return loss, grad_norm
 
 # ---- Evaluation: k nearest neighbours of frozen features -------------------------------------------------------------
-
 @torch.no_grad()
 def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int], size: int, device: torch.device,
                  batch_size: int = 256) -> tuple[Tensor, list[int]]:
@@ -785,8 +730,7 @@ def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int
     features, kept, training = [], [], encoder is not None and encoder.training
     if training:
         encoder.eval()
-    for first in range(0, len(indices), batch_size):
-        wanted = indices[first:first + batch_size]
+    for wanted in (indices[first:first + batch_size] for first in range(0, len(indices), batch_size)):
         batch = images.__getitems__(wanted)
         right = [row for row, i in enumerate(wanted) if batch.indices[row] == i]
         boxes = torch.cat([torch.zeros_like(batch.sizes), batch.sizes], dim=1)
@@ -799,17 +743,16 @@ def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int
         encoder.train()
     return torch.cat(features), kept
 
-def knn_predict(train_features: Tensor, train_labels: Tensor, features: Tensor, k: int = 20,
-                temperature: float = 0.07) -> Tensor:
-    """Class of each row by its k nearest training rows: cosine similarity, votes weighted by exp(similarity / T).
-    train_features: n d, train_labels: n, features: m d -> m. k is at most n."""
-    train_features, features = F.normalize(train_features, dim=-1), F.normalize(features, dim=-1)
-    classes, predicted = int(train_labels.max()) + 1, []
+def knn_predict(bank: Tensor, bank_labels: Tensor, features: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """Class of each row by its k nearest rows in the bank: cosine similarity, votes weighted by exp(similarity / T).
+    bank: n d, bank_labels: n, features: m d -> m."""
+    bank, features = F.normalize(bank, dim=-1), F.normalize(features, dim=-1)
+    classes, predicted = int(bank_labels.max()) + 1, []
     for rows in features.split(1024):
-        similarity, nearest = (rows @ train_features.T).topk(min(k, len(train_features)), dim=-1)
+        similarity, nearest = (rows @ bank.T).topk(min(k, len(bank)), dim=-1)
         # Subtracting the row's maximum changes no vote and keeps exp() finite at any temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(rows), classes).scatter_add_(1, train_labels[nearest], weights)
+        votes = torch.zeros(len(rows), classes).scatter_add_(1, bank_labels[nearest], weights)
         predicted.append(votes.argmax(dim=-1))
     return torch.cat(predicted)
 
@@ -823,15 +766,16 @@ def knn_accuracy(encoder: ViTMSNModel | None, data: Images, config: TrainConfig,
     return (predicted == data.val_labels[val_kept]).float().mean().item()
 
 # ---- The run's folder: settings, metrics, checkpoints ----------------------------------------------------------------
-
 METRICS = ("step", "epoch", "loss", "cross_entropy", "memax", "entropy", "prototypes_used", "top_assignment",
            "grad_norm", *StepValues._fields, "images_per_second", "elapsed_seconds")
+CHECKPOINT = {"target_encoder": dict, "encoder": dict, "prototypes": Tensor, "optimizer": dict, "step": int,
+              "elapsed": float, "config": dict}
 
 def open_table(path: Path, columns: tuple[str, ...], keep_before: int) -> TextIO:
     """A CSV file to which rows are printed; when a run is resumed, it loses those after the checkpoint."""
     rows = [row.values() for row in read_table(path) if int(row["step"]) < keep_before]
     write_file(path, "".join(",".join(row) + "\n" for row in (columns, *rows)).encode())
-    return open(path, "a", encoding="utf-8")
+    return open(path, "a", buffering=1, encoding="utf-8")  # a row is written at once
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The whole rows of a CSV file; none if it is not there. A last row that was cut off is left out."""
@@ -854,9 +798,6 @@ def save_checkpoint(folder: Path, model: ViTMSNForPreTraining, optimizer: torch.
         os.replace(last, folder / "checkpoint-previous.pt")
     os.replace(newest, last)
 
-CHECKPOINT = {"target_encoder": dict, "encoder": dict, "prototypes": Tensor, "optimizer": dict, "step": int,
-              "elapsed": float, "config": dict}
-
 def load_checkpoint(folder: Path) -> dict | None:
     """The newest whole checkpoint of a run, None if there is none; a damaged one is named and the one before taken."""
     names = ("checkpoint-next.pt", "checkpoint.pt", "checkpoint-previous.pt")
@@ -871,6 +812,7 @@ def load_checkpoint(folder: Path) -> dict | None:
             print(f"{error} Trying the checkpoint before it.", file=sys.stderr, flush=True)
     if found:
         raise ValueError(f"no checkpoint in {folder} can be read; start again in another folder.")
+    print(f"there is no checkpoint in {folder}: starting from the beginning", flush=True)
     return None
 
 def restore(content: dict, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer) -> None:
@@ -890,26 +832,15 @@ def restore(content: dict, model: ViTMSNForPreTraining, optimizer: torch.optim.O
     except Exception as error:  # what is in it may be of any kind
         raise ValueError(f"the checkpoint does not fit these settings: {error}") from None
 
-def choose_folder(config: TrainConfig) -> Path:
-    """The run's folder: as asked for, else the newest of this recipe (--resume) or the next free number."""
-    if config.output_dir:
-        return Path(config.output_dir)
-    numbers = [p.name.removeprefix(f"{config.recipe}-") for p in Path("runs").glob(f"{config.recipe}-*")]
-    last = max((int(n) for n in numbers if n.isdecimal()), default=0)
-    return Path("runs") / f"{config.recipe}-{max(last, 1) if config.resume else last + 1:03d}"
-
 def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
-    """Settings and checkpoint of a run that starts or goes on in `folder`. Raises UsageError if the folder holds a run
-    and --resume was not given, or a flag contradicts the saved settings."""
+    """Settings and checkpoint of a run in `folder`. Raises UsageError if that overwrites a run or contradicts it."""
     config = make_config(given)
+    if not config.resume and (folder / "config.json").exists():
+        raise UsageError(f"{folder} holds a run; go on with it by --resume, or choose another --output-dir.")
     content = load_checkpoint(folder) if config.resume else None
     if content is None:
-        if config.resume:
-            print(f"there is no checkpoint in {folder}: starting from the beginning", flush=True)
-        elif (folder / "config.json").exists():
-            raise UsageError(f"{folder} holds a run; go on with it by --resume, or choose another --output-dir.")
         return config, None
-    saved = {name: tuple(v) if isinstance(v, list) else v for name, v in content["config"].items()}
+    saved = content["config"]
     for name, value in given.items():
         if name not in FREE_TO_CHANGE and value not in ("auto", saved.get(name)):
             raise UsageError(f"--{name.replace('_', '-')} {value} contradicts the run in {folder}, started with "
@@ -918,6 +849,7 @@ def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
     return TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings}), content
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
+COLORS = ("#1f5fa8", "#c8501e", "#2f8a4a", "#7a4fa0", "#8a6d1f", "#555555", "#c02070")
 
 def to_picture(pixels: Tensor, keep: Tensor | None = None, patch_size: int = 1) -> np.ndarray:
     """A normalised image as uint8, its dropped patches in a pale orange. pixels: 3 h w, keep: kept -> h w 3."""
@@ -962,8 +894,6 @@ def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, size: int, d
     rows = [[images.__getitems__([i]).images[0].permute(1, 2, 0).numpy() for images, i in row] for row in rows]
     save_sheet(path, rows, ["query", *(f"nearest {i + 1}" for i in range(nearest.shape[1]))])
 
-COLORS = ("#1f5fa8", "#c8501e", "#2f8a4a", "#7a4fa0", "#8a6d1f", "#555555", "#c02070")
-
 def save_plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: bool = False) -> None:
     """Line plots side by side: panel title -> series name -> points (x, y)."""
     width, height, pad = 360, 260, 48
@@ -988,38 +918,29 @@ def save_plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]
             draw.text((left, height - 8 + 16 * s), f"- {name}", fill=COLORS[s % len(COLORS)])
     write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
 
-def save_curves(folder: Path) -> None:
-    """curves.png: the terms of the loss, prototypes in use and k-NN against the step, from the run's tables."""
-    rows = read_table(folder / "metrics.csv")
-    curves = {name: [(int(row["step"]), float(row[name])) for row in rows[::max(1, len(rows) // 300)]]
-              for name in ("loss", "cross_entropy", "memax", "entropy", "prototypes_used")}
-    used, table = {"prototypes_used": curves.pop("prototypes_used")}, read_table(folder / "knn.csv")
-    knn = {"target encoder": [(int(row["step"]), float(row["accuracy"])) for row in table]}
-    save_plot(folder / "curves.png", {"loss": curves, "prototypes in use": used, "k-NN accuracy": knn})
+def curve(table: list[dict[str, str]], column: str) -> list[tuple[int, float]]:
+    """At most some 300 points of a table's column against the step."""
+    return [(int(row["step"]), float(row[column])) for row in table[::max(1, len(table) // 300)]]
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
-
 class Record:
     """What a run says: metrics.csv and knn.csv, live progress on a terminal, a plain line now and then in a file."""
     def __init__(self, folder: Path, config: TrainConfig, first_step: int, last_step: int, elapsed: float):
-        self.first, self.last, self.batch_size, self.before = first_step, last_step, config.batch_size, elapsed
+        self.first, self.last, self.batch_size = first_step, last_step, config.batch_size
         self.metrics = open_table(folder / "metrics.csv", METRICS, first_step)
         self.knn = open_table(folder / "knn.csv", ("step", "epoch", "accuracy"), first_step + 1)
-        self.start = self.step_start = self.shown = time.perf_counter()
-
-    def elapsed(self) -> float:
-        """Seconds of all sittings of this run."""
-        return self.before + time.perf_counter() - self.start
+        self.resumed = self.step_start = self.shown = time.perf_counter()
+        self.start = self.resumed - elapsed  # as if the run had never been interrupted
 
     def step(self, step: int, epoch: float, terms: list[float], used: int, now: StepValues) -> None:
         """A row for each step; a line twice a second on a terminal, every 20 seconds in a file, and for the last."""
         clock, live = time.perf_counter(), sys.stdout.isatty()
         print(step, epoch, *terms[:4], used, *terms[4:], *now, self.batch_size / (clock - self.step_start),
-              self.elapsed(), sep=",", file=self.metrics)
+              clock - self.start, sep=",", file=self.metrics)
         self.step_start = clock
         if clock - self.shown < (0.5 if live else 20) and step + 1 < self.last:
             return
-        self.shown, pace = clock, (clock - self.start) / (step + 1 - self.first)
+        self.shown, pace = clock, (clock - self.resumed) / (step + 1 - self.first)
         line = (f"step {step + 1}/{self.last}  epoch {epoch:.1f}  loss {terms[0]:.3f}  cross-entropy {terms[1]:.3f}  "
                 f"me-max {terms[2]:.3f}  prototypes {used}  lr {now.lr:.1e}  {self.batch_size / pace:.0f} images/s  "
                 f"{timedelta(seconds=round(pace * (self.last - step - 1)))} left")
@@ -1030,18 +951,10 @@ class Record:
         print(step, epoch, accuracy, sep=",", file=self.knn)
         print(f"{chr(10) if sys.stdout.isatty() else ''}epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}", flush=True)
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         """To the disk, before a checkpoint says that these rows are there."""
         for file in (self.metrics, self.knn):
-            file.flush()
             os.fsync(file.fileno())
-
-def listen_for_stop() -> list[str]:
-    """A list that gets the signal's name at Ctrl-C or SIGTERM; a second signal ends the program at once."""
-    received = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: (received.append(signal.Signals(n).name), signal.signal(n, signal.SIG_DFL)))
-    return received
 
 def announce(config: TrainConfig, folder: Path, data: Images, model: nn.Module, first: int, last: int) -> None:
     """Write the settings to config.json, and say in a few lines what is about to happen."""
@@ -1057,19 +970,17 @@ def announce(config: TrainConfig, folder: Path, data: Images, model: nn.Module, 
           f"{config.mask_ratio}), {config.focal_views} focal of {config.focal_size} pixels; {config.precision} on "
           f"{model.prototypes.device}, {model.anchor_encoder.config.attn_implementation} attention", flush=True)
 
-def report_unreadable(batch: Batch, seen: set[str]) -> None:
-    """Name each file that can't be read once."""
-    for path in set(batch.unreadable) - seen:
-        seen.add(path)
-        print(f"\n{path} is no readable image ({len(seen)} so far); the next one stands in", file=sys.stderr)
-
 def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: TrainConfig, step: int, elapsed: float):
     """The encoder as a folder that transformers loads, the pictures, and the comparison with what needs no training."""
     encoder, device = ViTMSNModel(config.model_config()), model.prototypes.device
     encoder.load_state_dict({k: v for k, v in model.target_encoder.state_dict().items() if not k.startswith("fc.")})
     encoder.save_pretrained(folder / "encoder")
     save_neighbours(folder / "neighbours.png", model.target_encoder, data, config.image_size, device)
-    save_curves(folder)
+    metrics, knn = read_table(folder / "metrics.csv"), read_table(folder / "knn.csv")
+    save_plot(folder / "curves.png", {
+        "loss": {name: curve(metrics, name) for name in ("loss", "cross_entropy", "memax", "entropy")},
+        "prototypes in use": {"prototypes_used": curve(metrics, "prototypes_used")},
+        "k-NN accuracy": {"target encoder": curve(knn, "accuracy")}})
     summary = {"step": step, "minutes": round(elapsed / 60, 2)}
     if data.val is not None:
         untrained = build_model(replace(config, init_from=""), Processes(0, 1, device)).target_encoder
@@ -1080,13 +991,11 @@ def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: 
     write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
     print(f"done in {summary['minutes']} minutes: {folder}/encoder, curves.png, neighbours.png, views.png", flush=True)
 
-def train(config: TrainConfig, folder: Path, content: dict | None, processes: Processes) -> None:
+def train(config: TrainConfig, data: Images, folder: Path, content: dict | None, processes: Processes) -> None:
     """The whole run: set up, loop, finish. content: the checkpoint from which it goes on, or None."""
-    config = replace(config, precision=choose_precision(config.precision, processes.device))
-    data, rows, chief = open_data(config), processes.rows(config.batch_size), processes.rank == 0
-    if not (steps_per_epoch := len(data.train) // config.batch_size):
-        raise UsageError(f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; lower it.")
-    first_step = content["step"] if content else 0
+    share, steps_per_epoch = config.batch_size // processes.count, len(data.train) // config.batch_size
+    rows = slice(processes.rank * share, (processes.rank + 1) * share)  # of the global batch
+    chief, first_step = processes.rank == 0, content["step"] if content else 0
     last_step = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     if content and first_step >= last_step and (folder / "summary.json").exists():
         print(f"{folder} is finished ({first_step} steps); nothing to do", flush=True)
@@ -1095,41 +1004,43 @@ def train(config: TrainConfig, folder: Path, content: dict | None, processes: Pr
     optimizer = make_optimizer(network, config)
     if content:
         restore(content, network, optimizer)
-    model = DistributedDataParallel(network, broadcast_buffers=False) if processes.count > 1 else network
+    msn = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False) if processes.count > 1 else network
     if chief:
         announce(config, folder, data, network, first_step, last_step)
         record = Record(folder, config, first_step, last_step, content["elapsed"] if content else 0.0)
-    received, unreadable = listen_for_stop(), set()
+    received, unreadable = [], set()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first one stops after the step, a second one at once
+        signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
     batches = step_batches(config, len(data.train), range(first_step, last_step), rows)
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=Batch._make, num_workers=config.num_workers)
     for step, batch in enumerate(loader, first_step):
-        report_unreadable(batch, unreadable)
+        for path in set(batch.unreadable) - unreadable:
+            unreadable.add(path)
+            print(f"\n{path} is no readable image ({len(unreadable)} so far); the next one stands in", file=sys.stderr)
         torch.manual_seed(generator_for(config.seed, DROPOUT, step, processes.rank).initial_seed())
-        batch = batch._replace(images=batch.images.to(processes.device))
-        (target, *anchors), keep = make_views(batch, config, step, rows)
+        views, keep = make_views(batch._replace(images=batch.images.to(processes.device)), config, step, rows)
         now, epoch = schedule_at(config, step, steps_per_epoch), (step + 1) / steps_per_epoch
         try:
-            loss, norm = train_step(model, optimizer, target, anchors, keep, now, config.clip_grad, config.precision)
+            loss, norm = train_step(msn, optimizer, views[0], views[1:], keep, now, config.clip_grad, config.precision)
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {step} is not finite: {error}. Nothing of it was kept; the last good "
-                                     f"checkpoint is {folder / 'checkpoint.pt'}.") from None
+            raise FloatingPointError(f"step {step}: {error}; the last good checkpoint is in {folder}.") from None
         terms = torch.stack([*loss[:4], loss.top_assignment, norm, norm.new_tensor(len(received))]).detach()
-        *terms, signals = processes.mean(terms).tolist()
+        *terms, signals = (processes.reduce(terms, "sum") / processes.count).tolist()
         if chief:
             record.step(step, epoch, terms, loss.prototypes_used.item(), now)
             if step == 0:
-                save_views(folder / "views.png", [target, *anchors], keep, config)
+                save_views(folder / "views.png", views, keep, config)
             if data.val is not None and config.knn_every and (step + 1) % (config.knn_every * steps_per_epoch) == 0:
                 record.evaluation(step + 1, epoch, knn_accuracy(network.target_encoder, data, config, processes.device))
             if signals or step + 1 == last_step or (step + 1) % config.checkpoint_every == 0:
-                record.flush()
-                save_checkpoint(folder, network, optimizer, config, step + 1, record.elapsed())
+                record.sync()
+                save_checkpoint(folder, network, optimizer, config, step + 1, time.perf_counter() - record.start)
         if signals:
             if chief:
                 print(f"\nstopped after step {step + 1}; go on by the same command with --resume --output-dir {folder}")
             return
     if chief:
-        finish_run(folder, network, data, config, last_step, record.elapsed())
+        finish_run(folder, network, data, config, last_step, time.perf_counter() - record.start)
 
 def main(argv: list[str]) -> None:
     """The command line."""
@@ -1137,9 +1048,17 @@ def main(argv: list[str]) -> None:
     add_flags(parser, TrainConfig)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
     config = make_config(given)
-    processes, folder = start_processes(config), choose_folder(config)
+    processes, folder = start_processes(config), Path(config.output_dir)
+    if not config.output_dir:  # the newest of this recipe (--resume) or the next free number
+        numbers = [p.name.removeprefix(f"{config.recipe}-") for p in Path("runs").glob(f"{config.recipe}-*")]
+        last = max((int(n) for n in numbers if n.isdecimal()), default=0)
+        folder = Path("runs") / f"{config.recipe}-{max(last, 1) if config.resume else last + 1:03d}"
     config, content = settle(given, folder)
-    train(config, folder, content, processes)
+    config = replace(config, precision=choose_precision(config.precision, processes.device))
+    data = open_data(config)
+    if len(data.train) < config.batch_size:
+        raise UsageError(f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; lower it.")
+    train(config, data, folder, content, processes)
     if processes.count > 1:
         dist.barrier()  # the first process still evaluates
 
