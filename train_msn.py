@@ -567,6 +567,8 @@ def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tup
     return views, keep + [None] * config.focal_views
 
 # ---- Schedules (Appendix A.1) ----------------------------------------------------------------------------------------
+StepValues = namedtuple("StepValues", "lr weight_decay momentum sharpening")  # what they say for one step
+
 def linear(step: float, total_steps: float, start: float, final: float) -> float:
     """From start, exact at step 0, to final at total_steps."""
     return start + (final - start) * step / total_steps
@@ -580,8 +582,6 @@ def warmup_cosine(step: float, warmup_steps: int, total_steps: int, start: float
     if step < warmup_steps:
         return linear(step, warmup_steps, start, peak)
     return cosine(step - warmup_steps, max(1, total_steps - warmup_steps), peak, final)
-
-StepValues = namedtuple("StepValues", "lr weight_decay momentum sharpening")  # what the schedules say for one step
 
 def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepValues:
     """A pure function of the step (from 0). As published, learning rate and weight decay are advanced before they are
@@ -613,10 +613,8 @@ class AllReduce(torch.autograd.Function):
 all_processes = AllReduce.apply
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
-    """Batch norm with the statistics of the batch of all processes (torch's own refuses CPU tensors). x: rows d."""
+    """Batch norm, always of the batch of all processes: for training only (torch's own refuses the CPU). x: rows d."""
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
         working = x.to(self.weight.dtype)
         count = len(x) * dist.get_world_size()
         mean = all_processes(working.sum(dim=0), "sum") / count
