@@ -183,7 +183,7 @@ def train(args: argparse.Namespace) -> list[dict]:
     return rows
 
 def pillow_view(image: Image.Image, box: list[int], u: dict[str, list], config: TrainConfig, size: int) -> np.ndarray:
-    """make_view the usual way: one picture at a time, by Pillow, from the same random numbers. -> size size 3."""
+    """A view the usual way: one picture at a time, by Pillow, from the same random numbers. -> size size 3."""
     top, left, height, width = box
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
     if u["flip"][0] < config.flip:

@@ -11,6 +11,7 @@ import argparse
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -279,7 +280,7 @@ class ImageFiles(Dataset):
             images.append(pixels)
             used.append(j)
         sizes = torch.tensor([image.shape[-2:] for image in images])
-        canvas = torch.zeros(len(images), 3, *sizes.amax(dim=0).tolist(), dtype=torch.uint8)
+        canvas = torch.zeros(len(images), *sizes.amax(dim=0).tolist(), 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for row, image in zip(canvas, images, strict=True):
             row[:, :image.shape[1], :image.shape[2]] = image
         return Batch(canvas, sizes, used, unreadable)
@@ -294,7 +295,7 @@ def load_image(path: Path, side: int) -> Tensor:
     scale = min(1, side / min(image.size), 4 * side / max(image.size))
     if scale < 1:
         image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR, reducing_gap=2)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 # A data set: two Datasets and the class numbers of their images. Without labels or val the last three are None.
 Images = namedtuple("Images", "classes train train_labels val val_labels")
@@ -382,12 +383,10 @@ def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
 
 def cifar10_images(data_dir: Path) -> Images:
     """The data_batch_* files that are there; if there are none, the archive is downloaded, checked and unpacked."""
-    found = [f for f in (data_dir, data_dir / "cifar-10-batches-py") if (f / "test_batch").is_file()]
+    found = [f for f in (data_dir, data_dir / "cifar-10-batches-py") if [*f.glob("data_batch_[1-5]")]]
     folder = found[0] if found else download_cifar10(data_dir)
-    paths = sorted(folder.glob("data_batch_[1-5]"))
-    if not paths:
-        raise FileNotFoundError(f"{folder} has a test_batch but no data_batch_1 ... data_batch_5.")
-    train, train_labels = map(torch.cat, zip(*map(read_cifar_batch, paths), strict=True))
+    batches = [read_cifar_batch(path) for path in sorted(folder.glob("data_batch_[1-5]"))]
+    train, train_labels = map(torch.cat, zip(*batches, strict=True))
     val, val_labels = read_cifar_batch(folder / "test_batch")
     classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     return Images(classes, ImagesInMemory(train), train_labels, ImagesInMemory(val), val_labels)
@@ -465,9 +464,17 @@ def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> 
     weights = weights * ((position > start[:, None, None]) & (position < end))
     return weights / weights.sum(dim=-1, keepdim=True)
 
-def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
-    """Cut a box out of each image and resize it, as two matrix products per image; a flip reverses one of them.
-    images: b c height width (uint8, on the device), boxes: b 4, flip: b (both on the CPU) -> b c size size, 0 to 1."""
+def crop_one_by_one(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+    """crop_and_resize, each crop by itself: in the CPU's cache, and in whole numbers, as Pillow computes."""
+    crops = []
+    for i, (top, left, height, width) in enumerate(boxes.tolist()):
+        crop = images[i % len(images)].narrow(1, top, height).narrow(2, left, width)[None]
+        crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+        crops.append(crop.flip(-1) if flip[i] else crop)
+    return torch.cat(crops).float().div_(255)
+
+def crop_by_products(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+    """crop_and_resize, all at once: two matrix products for each crop; a flip reverses one of the matrices."""
     # Every box is cut out as a window of the largest one, so that the products run over no more than that.
     window = boxes[:, 2:].amax(dim=0)
     corner = torch.minimum(boxes[:, :2], torch.tensor(images.shape[-2:]) - window)
@@ -477,14 +484,22 @@ def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> T
     columns[flip] = columns[flip].flip(1)
     windows = images.unfold(2, height, 1).unfold(3, width, 1)  # a view: nothing is copied before the next line
     top, left = corner.to(images.device).unbind(dim=1)
-    cut = windows[torch.arange(len(images), device=images.device), :, top, left].float()
+    cut = windows[torch.arange(len(boxes), device=images.device) % len(images), :, top, left].float()
     half = torch.bmm(rearrange(cut, "b c h w -> b (c h) w"), columns.to(images.device).transpose(1, 2))
     half = rearrange(half, "b (c h) w -> b h (c w)", h=height)
     return rearrange(torch.bmm(rows.to(images.device), half), "b h (c w) -> b c h w", w=size)
 
+def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Cut boxes out of images and resize them; box i is of image i modulo b. images: b c height width (uint8, on the
+    device); boxes: (v b) 4, top, left, height, width; flip: (v b) (both on the CPU) -> (v b) c size size, 0 to 1."""
+    # Measured on a CPU: of pictures over 64 pixels 2 to 4 times as fast one by one, of smaller ones all at once.
+    one_by_one = images.device.type == "cpu" and max(images.shape[-2:]) > 64
+    return (crop_one_by_one if one_by_one else crop_by_products)(images, boxes, flip, size)
+
 def to_grey(pixels: Tensor) -> Tensor:
     """Luma of RGB (ITU-R 601-2, as Pillow). pixels: b 3 h w -> b 1 h w."""
-    return (pixels * pixels.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1, keepdim=True)
+    red, green, blue = pixels.split(1, dim=1)
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` of a full circle; saturation and value stay. pixels: b 3 h w, shift: b 1 1 1."""
@@ -492,19 +507,19 @@ def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     value, least = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
     chroma = value - least
     scale = 1 / chroma.clamp(min=1e-8)
-    hue = 6 * shift + torch.where(value == red, (green - blue) * scale, torch.where(  # in sixths of the circle
-        value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale))
-    hue = hue - 6 * (hue / 6).floor()  # on a CPU faster than % 6
+    hue = torch.where(value == red, (green - blue).mul_(scale), torch.where(  # in sixths of the circle
+        value == green, (blue - red).mul_(scale).add_(2), (red - green).mul_(scale).add_(4))).add_(6 * shift)
+    hue -= 6 * (hue / 6).floor_()  # on a CPU faster than % 6
     # Red is full within one sixth of 0 and nothing within one of 3; green and blue are full around 2 and 4.
     centre, sign, height = hue.new_tensor([[3, 2, 4], [1, -1, -1], [-1, 2, 2]])[..., None, None]
-    return least + chroma * ((hue - centre).abs() * sign + height).clamp(0, 1)
+    return torch.addcmul(least, chroma, torch.addcmul(height, sign, (hue - centre).abs_()).clamp_(0, 1))
 
-def blend(pixels: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+def blend(pixels: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """factor * pixels + (1 - factor) * other, kept in [0, 1]."""
-    return (other + factor * (pixels - other)).clamp(0, 1)
+    return torch.lerp(other, pixels, factor).clamp_(0, 1)
 
 COLOR_OPERATIONS = (  # brightness, contrast, saturation, hue, as torchvision and Pillow define them
-    lambda x, f: blend(x, 0.0, f),
+    lambda x, f: (x * f).clamp_(0, 1),
     lambda x, f: blend(x, to_grey(x).mean(dim=(1, 2, 3), keepdim=True), f),
     lambda x, f: blend(x, to_grey(x), f),
     adjust_hue)
@@ -514,14 +529,15 @@ def color_jitter(pixels: Tensor, strength: float, apply: Tensor, u_factors: Tens
     u_factors, u_order: b 4 (the last three on the CPU: which rows a step takes is known without asking the device)."""
     spread, middle = strength * torch.tensor([0.8, 0.8, 0.8, 0.2]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     low = torch.where(middle > 0, (middle - spread).clamp(min=0), -spread)
-    factors = low + u_factors * (middle + spread - low)
-    order = u_order.argsort(dim=1)
-    for place in range(4):
-        for kind, operation in enumerate(COLOR_OPERATIONS):
-            rows = (apply & (order[:, place] == kind)).nonzero()[:, 0]
-            if len(rows):
-                factor, rows = factors[rows, kind].to(pixels.device)[:, None, None, None], rows.to(pixels.device)
-                pixels.index_copy_(0, rows, operation(pixels.index_select(0, rows), factor))
+    factors = (low + u_factors * (middle + spread - low)).to(pixels.device)[..., None, None, None]
+    orders = u_order.argsort(dim=1)
+    for order in itertools.permutations(range(4)):  # those of one order together: few enough for the CPU's cache
+        rows = (apply & (orders == torch.tensor(order)).all(dim=1)).nonzero()[:, 0].to(pixels.device)
+        if len(rows):
+            changed = pixels[rows]
+            for kind in order:
+                changed = COLOR_OPERATIONS[kind](changed, factors[rows, kind])
+            pixels[rows] = changed
     return pixels
 
 def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
@@ -536,9 +552,9 @@ def draw_views(batch: int, views: int, generator: torch.Generator) -> dict[str, 
     """All uniform numbers that the views of a batch need: name -> v b count."""
     return {name: torch.rand(views, batch, count, generator=generator) for name, count in DRAWS.items()}
 
-def make_view(batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size: int, scale: tuple) -> Tensor:
-    """One view of each image as the network sees it. draws: name -> b count (on the CPU) -> b 3 size size."""
-    boxes = crop_boxes(draws["crop"], batch.sizes, scale)
+def views_of_one_size(batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size: int, scale: tuple) -> Tensor:
+    """v views of each image as the network sees them. draws: name -> (v b) count (on the CPU) -> (v b) 3 size size."""
+    boxes = crop_boxes(draws["crop"], batch.sizes.repeat(len(draws["crop"]) // len(batch.sizes), 1), scale)
     pixels = crop_and_resize(batch.images, boxes, draws["flip"][:, 0] < config.flip, size)
     if config.color_jitter > 0:
         apply = draws["jitter"][:, 0] < config.jitter
@@ -553,13 +569,16 @@ def make_view(batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size:
 
 def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tuple[list[Tensor], list[Tensor | None]]:
     """Target and anchor views (random, then focal), patches to keep of each anchor: functions of images, seed, step."""
-    sizes = [(config.image_size, config.crop_scale)] * (1 + config.random_views)
-    sizes += [(config.focal_size, config.focal_scale)] * config.focal_views
-    draws = draw_views(config.batch_size, len(sizes), generator_for(config.seed, VIEWS, step))
+    whole, focal = slice(0, 1 + config.random_views), slice(1 + config.random_views, None)
+    kinds = [(whole, config.image_size, config.crop_scale), (focal, config.focal_size, config.focal_scale)]
+    count = 1 + config.random_views + config.focal_views
+    draws, views = draw_views(config.batch_size, count, generator_for(config.seed, VIEWS, step)), []
     if config.anchor_view != "own":  # paper, table 9: the anchor is the target's own view, perhaps in other colours
         for name in draws if config.anchor_view == "target" else ("crop", "flip", "grey", "blur"):
             draws[name][1:1 + config.random_views] = draws[name][:1]
-    views = [make_view(batch, {n: u[v, rows] for n, u in draws.items()}, config, *size) for v, size in enumerate(sizes)]
+    for which, size, scale in kinds if config.focal_views else kinds[:1]:
+        own = {name: u[which, rows].flatten(0, 1) for name, u in draws.items()}
+        views += views_of_one_size(batch, own, config, size, scale).split(len(batch.images))
     sample = sample_patches_to_keep if config.masking == "random" else sample_patches_to_keep_blockwise
     generator, patches = generator_for(config.seed, MASKS, step), (config.image_size // config.patch_size) ** 2
     masks = [sample(config.batch_size, patches, config.mask_ratio, generator)[rows] for _ in range(config.random_views)]
@@ -632,6 +651,13 @@ class Processes:
     count: int
     device: torch.device
     reduce: Callable[[Tensor, str], Tensor] = one_process
+
+    def gather(self, items: list) -> list:
+        """The items of all processes."""
+        parts = [items] * self.count
+        if self.count > 1:
+            dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
 def start_processes(config: TrainConfig) -> Processes:
     """Join the process group that torchrun describes in the environment; without torchrun, one process."""
@@ -821,7 +847,8 @@ def restore(content: dict, model: ViTMSNForPreTraining, optimizer: torch.optim.O
         model.load_state_dict({**weights, "prototypes": content["prototypes"]})
         optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
         tensors = [(k, v, v) for k, v in model.state_dict().items()]
-        for p, kept in optimizer.state.items():  # a root also says what is negative
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+            kept = optimizer.state[p]  # a root also says what is negative
             tensors += [("exp_avg", kept["exp_avg"], p), ("exp_avg_sq", kept["exp_avg_sq"].sqrt(), p),
                         ("step", kept["step"].sqrt(), kept["step"].reshape(()))]
         for name, v, like in tensors:
@@ -1002,7 +1029,7 @@ def train(config: TrainConfig, data: Images, folder: Path, content: dict | None,
     optimizer = make_optimizer(network, config)
     if content:
         restore(content, network, optimizer)
-    msn = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False) if processes.count > 1 else network
+    msn = nn.parallel.DistributedDataParallel(network) if processes.count > 1 else network
     if chief:
         announce(config, folder, data, network, first_step, last_step)
         record = Record(folder, config, first_step, last_step, content["elapsed"] if content else 0.0)
@@ -1012,9 +1039,6 @@ def train(config: TrainConfig, data: Images, folder: Path, content: dict | None,
     batches = step_batches(config, len(data.train), range(first_step, last_step), rows)
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=Batch._make, num_workers=config.num_workers)
     for step, batch in enumerate(loader, first_step):
-        for path in set(batch.unreadable) - unreadable:
-            unreadable.add(path)
-            print(f"\n{path} is no readable image ({len(unreadable)} so far); the next one stands in", file=sys.stderr)
         torch.manual_seed(generator_for(config.seed, DROPOUT, step, processes.rank).initial_seed())
         views, keep = make_views(batch._replace(images=batch.images.to(processes.device)), config, step, rows)
         now, epoch = schedule_at(config, step, steps_per_epoch), (step + 1) / steps_per_epoch
@@ -1022,8 +1046,13 @@ def train(config: TrainConfig, data: Images, folder: Path, content: dict | None,
             loss, norm = train_step(msn, optimizer, views[0], views[1:], keep, now, config.clip_grad, config.precision)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}; the last good checkpoint is in {folder}.") from None
-        terms = torch.stack([*loss[:4], loss.top_assignment, norm, norm.new_tensor(len(received))]).detach()
-        *terms, signals = (processes.reduce(terms, "sum") / processes.count).tolist()
+        counts = norm.new_tensor([len(received), len(batch.unreadable)])
+        terms = torch.cat([torch.stack([*loss[:4], loss.top_assignment, norm]), counts]).detach()
+        *terms, signals, bad = (processes.reduce(terms, "sum") / processes.count).tolist()
+        for path in sorted(set(processes.gather(batch.unreadable) if bad else ()) - unreadable):
+            unreadable.add(path)
+            if chief:
+                print(f"\n{path} is no readable image ({len(unreadable)} so far); the next stands in", file=sys.stderr)
         if chief:
             record.step(step, epoch, terms, loss.prototypes_used.item(), now)
             if step == 0:

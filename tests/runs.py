@@ -42,16 +42,16 @@ def run_here(*flags: str) -> int:
             signal.signal(number, handler)
 
 
-def start(*flags: str, processes: int = 0, **environment: str) -> subprocess.Popen:
+def start(*flags: str, processes: int = 0, restarts: int = 0, **environment: str) -> subprocess.Popen:
     """Start train_msn.py as a program, by torchrun if `processes` is given."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0",
-                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"] if processes else []
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
+                "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"] if processes else []
     return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train_msn.py"), *map(str, flags)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
     """Wait for it -> exit status, everything that it printed."""
     try:
         out, err = process.communicate(timeout=timeout)

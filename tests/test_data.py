@@ -290,6 +290,13 @@ def test_a_hostile_or_damaged_batch_is_refused_and_nothing_runs(content, tmp_pat
     assert not (tmp_path / "executed").exists()
 
 
+def test_batches_without_the_test_batch_are_not_downloaded_again_but_named(tmp_path, monkeypatch):
+    (tmp_path / "data_batch_1").write_bytes(python2_batch(*some_images(2)))
+    monkeypatch.setattr(train_msn.urllib.request, "urlopen", lambda *_, **__: pytest.fail("downloads"))
+    with pytest.raises(ValueError, match="test_batch"):
+        train_msn.cifar10_images(tmp_path)
+
+
 FILES = [f"cifar-10-batches-py/{name}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
 
 

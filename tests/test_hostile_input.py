@@ -351,7 +351,7 @@ def test_two_thousand_malformed_inputs(whole, tmp_path, capsys):
 @pytest.mark.parametrize("path, value, says", [
     ("prototypes", torch.zeros(1, 4), "prototypes"), ("prototypes", torch.tensor(0.0), "prototypes"),
     ("prototypes", torch.full((3, 4), float("nan")), "not finite"), ("encoder/norm.bias", None, "norm.bias"),
-    ("encoder/norm.bias", torch.full((8,), float("inf")), "not finite"),
+    ("optimizer/state/3", None, "exp_avg"), ("encoder/norm.bias", torch.full((8,), float("inf")), "not finite"),
     ("encoder/norm.bias", torch.zeros(9), "norm.bias"), ("encoder/norm.bias", 3, "norm.bias"),
     ("target_encoder/norm.more", torch.zeros(8), "norm.more"), ("encoder", {}, "Missing"), ("optimizer", {}, "fit"),
     ("optimizer/state/0/exp_avg", torch.zeros(1, 2), "exp_avg"), ("optimizer/state/0/exp_avg", "x", "does not fit"),

@@ -20,13 +20,14 @@ from train_msn import (
     Batch,
     color_jitter,
     cosine,
-    crop_and_resize,
     crop_boxes,
+    crop_by_products,
+    crop_one_by_one,
     gaussian_blur,
     knn_predict,
     linear,
     make_config,
-    make_view,
+    views_of_one_size,
     make_views,
     schedule_at,
     to_grey,
@@ -61,24 +62,27 @@ def colours(rng: np.random.Generator, count: int = 3, size: int = 9) -> tuple[li
 
 # -- crop, resize, flip ------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("crop", [crop_one_by_one, crop_by_products])
 @given(SEEDS, st.sampled_from([1, 4, 16, 33, 96]))
-def test_crop_and_resize_is_pillows_crop_then_bilinear_resize(seed, size):
+def test_crop_and_resize_is_pillows_crop_then_bilinear_resize(crop, seed, size):
     rng = np.random.default_rng(seed)
     pictures = random_pictures(rng, 5)
-    ends = [np.sort([rng.integers(0, side, 2) for side in p.shape[:2]], axis=1) for p in pictures]
+    twice = [*pictures, *pictures]  # two views of each
+    ends = [np.sort([rng.integers(0, side, 2) for side in p.shape[:2]], axis=1) for p in twice]
     boxes = torch.tensor(np.array([[*e[:, 0], *(e[:, 1] - e[:, 0] + 1)] for e in ends]))
-    ours = crop_and_resize(padded(pictures).images, boxes, torch.zeros(5, dtype=torch.bool), size)
-    for view, picture, (top, left, height, width) in zip(ours, pictures, boxes.tolist(), strict=True):
+    ours = crop(padded(pictures).images, boxes, torch.zeros(10, dtype=torch.bool), size)
+    for view, picture, (top, left, height, width) in zip(ours, twice, boxes.tolist(), strict=True):
         theirs = Image.fromarray(picture).crop((left, top, left + width, top + height))
         theirs = theirs.resize((size, size), Image.Resampling.BILINEAR)
         assert (view - pixels_of(theirs)).abs().max() <= STEP_OF_GREY
 
 
+@pytest.mark.parametrize("crop", [crop_one_by_one, crop_by_products])
 @given(SEEDS)
-def test_a_flip_reverses_columns_of_the_images_it_is_asked_for(seed):
+def test_a_flip_reverses_columns_of_the_images_it_is_asked_for(crop, seed):
     batch, flip = padded(random_pictures(np.random.default_rng(seed), 3)), torch.tensor([True, False, True])
     boxes = torch.cat([torch.zeros_like(batch.sizes), batch.sizes], dim=1)
-    plain, flipped = (crop_and_resize(batch.images, boxes, which, 12) for which in (flip & False, flip))
+    plain, flipped = (crop(batch.images, boxes, which, 12) for which in (flip & False, flip))
     assert_close(flipped, torch.where(flip[:, None, None, None], plain.flip(-1), plain), rtol=0, atol=1e-6)
 
 
@@ -182,7 +186,7 @@ def test_probability_1_does_it_always_and_0_never(changes, law):
     draws = {name: u[0] for name, u in train_msn.draw_views(4, 1, torch.Generator().manual_seed(0)).items()}
     deviation = torch.tensor(train_msn.IMAGENET_STD)[:, None, None]
     mean = torch.tensor(train_msn.IMAGENET_MEAN)[:, None, None]
-    view, plain = (make_view(batch, draws, c, 16, (0.5, 1.0)) * deviation + mean for c in (config, never))
+    view, plain = (views_of_one_size(batch, draws, c, 16, (0.5, 1.0)) * deviation + mean for c in (config, never))
     assert all(law(view[b:b + 1], plain[b:b + 1]) for b in range(4))
 
 
