@@ -17,7 +17,6 @@ import io
 import json
 import math
 import sys
-import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +39,6 @@ TRAINED = ("finetune", "scratch")
 KNN = {"knn20": (20, 0.07), "knn200": (200, 0.1)}  # k and temperature: ours, and those of Lightly's benchmarks
 METHODS = ("probe", *TRAINED, "untrained", "pixels", *KNN)
 SCRATCH_RATES = (3e-4, 1e-3, 3e-3)  # to choose from
-L2_GRID = (0.00025, 0.0025, 0.025, 0.25, 2.5)  # for cross-validation; the published values are among them
 HEAD_L2 = 0.1  # of the probe that fine-tuning starts from: milder than 0.0025, whose certainty leaves little to learn
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class FinetuneConfig:
     label_list: str = opt("", "text files of image names, one a line; each file is a draw, instead of these columns")
     seeds: str = opt("0,1,2", "one draw of the labelled images each", numbers=(int, 0, 2**31 - 1))
     val_images: int = opt(0, "validation images for all cells, a fixed random part; 0: all", range=(0, 10**9))
-    l2: float = opt(0.0025, "lambda of the probe, as published; 0: cross-validated on the labels", range=(0, 10**9))
+    l2: float = opt(0.0025, "lambda of the probe, as published", range=(1e-9, 1e9))
     pixel_size: int = opt(16, "largest side of the raw-pixel baseline", range=(1, 4096))
     image_size: int = opt(0, "pixels; 0: the checkpoint's. For another one positions are resampled", range=(0, 4096))
     steps: int = opt(60, "updates of each trained cell", range=(1, 10**9))
@@ -104,8 +102,7 @@ def center_and_scale(features: Tensor) -> Tensor:
 
 def fit_logistic_probe(rows: Tensor, labels: Tensor, num_classes: int, l2: float, tolerance: float = 1e-12) -> Tensor:
     """The minimiser W of mean cross-entropy + (l2 / n) / 2 |W|^2, no intercept (scikit-learn's C = 1 / l2), by Newton's
-    method, down to a gradient of `tolerance`. rows: n d, labels: n -> W: num_classes d, float64. (At lambdas as small
-    as the published one L-BFGS does not get there: the problem is too badly conditioned.)"""
+    method (at so small a lambda L-BFGS stalls) to a gradient of `tolerance`. rows: n d, labels: n -> num_classes d."""
     basis = torch.linalg.qr(rows.double().T)[0]  # W lies in the span of the rows: min(n, d) coordinates do
     x, n, targets = rows.double() @ basis, len(rows), F.one_hot(labels, num_classes).double()
     w, identity = x.new_zeros(num_classes, x.shape[1]), torch.eye(x.shape[1], dtype=x.dtype)
@@ -133,15 +130,6 @@ def fit_logistic_probe(rows: Tensor, labels: Tensor, num_classes: int, l2: float
         w = w - size * step
     return w @ basis.T
 
-def choose_l2(rows: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Lambda of least loss in stratified cross-validation, at most 5 folds; 0.0025 if some class has but one image."""
-    folds = min(5, int(labels.bincount(minlength=num_classes).min()))
-    fold = labels.argsort(stable=True).argsort() % max(folds, 1)  # by place in class order: each has its share of each
-    def loss(l2, i):
-        w = fit_logistic_probe(rows[fold != i], labels[fold != i], num_classes, l2, 1e-6)
-        return F.cross_entropy(rows[fold == i] @ w.T, labels[fold == i], reduction="sum").item()
-    return 0.0025 if folds < 2 else min(L2_GRID, key=lambda l2: sum(loss(l2, i) for i in range(folds)))
-
 # ---- Labelled sets: which training images have labels. A label of -1 marks an image that must not be drawn -----------
 def draw_labelled(labels: Tensor, per_class: int | list[int], seed: int, names: list[str] | None = None) -> list[int]:
     """Indices of `per_class` images of each class (a list: of so many), class by class; fewer are a part of more."""
@@ -150,8 +138,7 @@ def draw_labelled(labels: Tensor, per_class: int | list[int], seed: int, names: 
     for c, count in enumerate([per_class] * len(names) if isinstance(per_class, int) else per_class):
         members = order[labels[order] == c]
         if len(members) < count:
-            raise UsageError(f"class {names[c]} has {len(members)} images to draw from, fewer than the {count} asked "
-                             "for; ask for fewer labels.")
+            raise UsageError(f"class {names[c]} has {len(members)} images to draw from, fewer than the {count} wanted.")
         chosen += members[:count].tolist()
     return chosen
 
@@ -214,8 +201,7 @@ def layerwise_groups(model: Classifier, lr: float, decay: float, weight_decay: f
     return [{"params": parameters, "lr": lr * decay**below, "weight_decay": weight_decay if matrices else 0.0}
             for (below, matrices), parameters in groups.items()]
 
-def build_classifier(encoder: ViTMSNModel, classes: list[str], config: FinetuneConfig, device: torch.device,
-                     probe: Tensor | None = None) -> Classifier:
+def build_classifier(encoder: ViTMSNModel, classes: list, config: FinetuneConfig, probe: Tensor | None) -> Classifier:
     """The encoder's weights under a head of zeros or, so that training starts where it ends, of a logistic probe (W:
     classes d): after its centring and scaling, its features are those of a plain final norm over sqrt(d)."""
     model = Classifier(replace(encoder.config, num_labels=None, id2label=dict(enumerate(classes)), label2id=None,
@@ -225,8 +211,8 @@ def build_classifier(encoder: ViTMSNModel, classes: list[str], config: FinetuneC
     if probe is not None:
         nn.init.ones_(model.vit.norm.weight), nn.init.zeros_(model.vit.norm.bias)
         model.classifier.weight.data.copy_(probe / encoder.config.hidden_size**0.5)
-    model.set_attn_implementation("sdpa" if device.type == "cuda" else "eager")  # as in pretraining
-    return model.to(device)
+    model.set_attn_implementation("sdpa" if encoder.cls_token.is_cuda else "eager")  # as in pretraining
+    return model.to(encoder.cls_token.device)
 
 def train_classifier(model: Classifier, images: Dataset, labels: Tensor, indices: list[int],
                      config: FinetuneConfig, lr: float, layer_decay: float, seed: int, verbose: bool = False) -> None:
@@ -263,9 +249,8 @@ def train_classifier(model: Classifier, images: Dataset, labels: Tensor, indices
 @torch.no_grad()
 def classify(model: Classifier, images: Dataset, indices: list[int]) -> Tensor:
     """Class probabilities of whole images (which must be readable) -> rows classes, on the CPU."""
-    device = model.classifier.weight.device
-    features, _ = embed_images(model.vit, images, indices, model.config.image_size, device)
-    return model.classifier(model.vit.norm(features.to(device))).softmax(dim=-1).cpu()
+    features = embed_images(model.vit, images, indices, model.config.image_size, model.classifier.weight.device)[0]
+    return model.classifier(model.vit.norm(features.to(model.classifier.weight.device))).softmax(dim=-1).cpu()
 
 # ---- The table. An Experiment holds no validation label: `measure` alone sees them, after the predictions are made ---
 @dataclass(frozen=True)
@@ -294,23 +279,21 @@ class Experiment:
             start, decay = self.encoders["probe"], self.config.layer_decay
             rows = center_and_scale(self.features("probe", self.data.train, indices))
             probe = fit_logistic_probe(rows, labels[indices], len(self.data.classes), HEAD_L2, 1e-6)
-        model = build_classifier(start, self.data.classes, self.config, start.cls_token.device, probe)
+        model = build_classifier(start, self.data.classes, self.config, probe)
         train_classifier(model, self.data.train, labels, indices, self.config, lr, decay, seed, verbose)
         return model
 
     @cached_property
     def scratch_lr(self) -> float:
         """The rate that does best when trained on a fifth of the tuning part and tested on the rest of it."""
-        fit, labels, scores = self.tuning[::5], self.data.train_labels, {}  # class by class: a fifth of each class
+        fit, held = self.tuning[::5], [i for place, i in enumerate(self.tuning) if place % 5]  # a fifth of each class
         if self.config.scratch_lr or len(fit) < 2:
             return self.config.scratch_lr or SCRATCH_RATES[1]
-        held = sorted(set(self.tuning) - set(fit))
-        for lr in SCRATCH_RATES:
-            right = classify(self.trained("scratch", fit, 0, lr), self.data.train, held).argmax(dim=-1) == labels[held]
-            scores[lr] = right.double().mean().item()
-        best = max(scores, key=scores.get)
-        print(f"scratch: learning rate {best:g}, the best of {', '.join(f'{r:g} ({s:.1%})' for r, s in scores.items())}"
-              f" on {len(self.tuning)} training images that no draw uses", flush=True)
+        def accuracy(lr):
+            predicted = classify(self.trained("scratch", fit, 0, lr), self.data.train, held).argmax(dim=-1)
+            return (predicted == self.data.train_labels[held]).double().mean()
+        best = max(SCRATCH_RATES, key=accuracy)
+        print(f"scratch: learning rate {best:g}, the best on {len(held)} training images that no draw uses", flush=True)
         return best
 
     def predict(self, method: str, indices: list[int], seed: int) -> Tensor:
@@ -322,15 +305,16 @@ class Experiment:
         rows, val = self.features(kind, self.data.train, indices), self.features(kind, self.data.val, self.val)
         if method in KNN:
             return knn_predict(rows, labels, val, *KNN[method])
-        rows, count = center_and_scale(rows), len(self.data.classes)
-        w = fit_logistic_probe(rows, labels, count, self.config.l2 or choose_l2(rows, labels, count), 1e-8)
+        w = fit_logistic_probe(center_and_scale(rows), labels, len(self.data.classes), self.config.l2, 1e-8)
         return (center_and_scale(val) @ w.T).argmax(dim=-1)
 
-def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> dict[tuple[str, str], str]:
-    """The cells of the table, (method, column) -> text. table.csv and table.png grow with each method."""
-    config, truth, cells, rows, lines = experiment.config, val_labels[experiment.val], {}, [], {}
+def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> None:
+    """Print the table, method by method; table.csv and table.png grow with it."""
+    config, truth, classes, rows = experiment.config, val_labels[experiment.val], len(experiment.data.classes), []
+    print(f"\naccuracy in % on {len(truth)} validation images, mean ± standard deviation over the draws; "
+          f"{config.steps} updates in trained cells\n{'':<10}" + "".join(f"{name:>13}" for name in experiment.columns))
     for method in config.listed("methods"):
-        start, lines[method] = time.time(), []
+        cells = dict.fromkeys(experiment.columns, "-")
         for name, draws in experiment.columns.items():
             if method in TRAINED and name == "100 %" and 1 not in config.listed("fraction"):
                 continue
@@ -338,19 +322,16 @@ def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> dict[tu
                       for seed, draw in enumerate(draws)]
             mean, labels = np.mean(scores), np.mean([len(draw) for draw in draws])
             sd = np.std(scores, ddof=1) if len(scores) > 1 else ""
-            cells[method, name] = f"{100 * mean:.1f}" + (f" ± {100 * sd:.1f}" if sd != "" else "")
-            lines[method].append((labels / len(experiment.data.classes), mean))
-            rows.append((method, name, labels, *lines[method][-1], sd, " ".join(map(str, scores))))
-        print(f"{method}: {len(lines[method])} columns, {time.time() - start:.0f} s", flush=True)
+            cells[name] = f"{100 * mean:.1f}" + (f" ± {100 * sd:.1f}" if len(scores) > 1 else "")
+            rows.append((method, name, labels, labels / classes, mean, sd, " ".join(map(str, scores))))
+        print(f"{method:<10}" + "".join(f"{cell:>13}" for cell in cells.values()), flush=True)
         write_csv(folder / "table.csv", ("method", "column", "labels", "labels_per_class", "mean", "sd", "draws"), rows)
-        curves = {name: sorted(line) for name, line in lines.items()}
+        curves = {name: sorted(row[3:5] for row in rows if row[0] == name) for name, *_ in rows}
         save_plot(folder / "table.png", {"accuracy against labelled images per class": curves}, log_x=True)
-    return cells
 
 def write_csv(path: Path, header: tuple, rows: list[tuple]) -> None:
     """A table, whole or not at all."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    csv.writer(text := io.StringIO(), lineterminator="\n").writerows([header, *rows])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, text.getvalue().encode())
 
@@ -363,9 +344,8 @@ def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel 
     if classifier and "classifier.weight" not in weights:
         raise UsageError(f"{config.checkpoint} has no classifier; make one: python finetune.py train --checkpoint ...")
     if config.image_size and config.image_size != model_config.image_size:
-        if config.image_size % model_config.patch_size:
-            raise UsageError(f"image_size={config.image_size} is no whole number of this checkpoint's patches of "
-                             f"{model_config.patch_size} pixels; it was made for {model_config.image_size}.")
+        if config.image_size % (patch := model_config.patch_size):
+            raise UsageError(f"image_size is no whole number of this checkpoint's patches of {patch} pixels.")
         model_config = replace(model_config, image_size=config.image_size)
         weights["pos_embed"] = interpolate_positions(weights["pos_embed"].float(), (model_config.grid_size,) * 2)
     model = (Classifier if classifier else ViTMSNModel)(model_config)
@@ -393,23 +373,17 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     columns, tuning = draw_columns(config, data, seen)
     val = torch.randperm(len(data.val), generator=generator_for(0, 2))[:config.val_images or None].sort().values
     val = readable(data.val, val.tolist(), seen)
-    print(f"{config.checkpoint}: {shape.num_hidden_layers} layers of width {shape.hidden_size}, {shape.image_size} "
-          f"pixels; {len(data.train)} training images of {len(data.classes)} classes, {len(val)} of {len(data.val)} "
-          f"validation images; {len(seen)} can't be read", flush=True)
+    print(f"{config.checkpoint}: {len(data.train)} training images of {len(data.classes)} classes, {len(val)} of "
+          f"{len(data.val)} validation images; {len(seen)} can't be read", flush=True)
     torch.manual_seed(0)  # the untrained encoder is as pretraining starts it, the same in all cells
-    encoders = {"probe": encoder, "untrained": MSNEncoder(shape, 1, 1).eval().to(encoder.cls_token.device),
-                "pixels": None}
+    encoders = dict(probe=encoder, untrained=MSNEncoder(shape, 1, 1).to(encoder.cls_token.device), pixels=None)
     return Experiment(config, encoders, data._replace(val_labels=None), val, columns, tuning), data.val_labels, home
 
 def make_table(config: FinetuneConfig) -> None:
     """The label-efficiency table, as text, CSV and plot."""
     experiment, val_labels, home = open_experiment(config)
-    folder, names = Path(config.output_dir or home / "finetune"), list(experiment.columns)
-    cells = measure(experiment, val_labels, folder)
-    print(f"\naccuracy in % on {len(experiment.val)} validation images, mean ± standard deviation over the draws; "
-          f"{config.steps} updates in trained cells\n{'':<10}" + "".join(f"{name:>13}" for name in names))
-    for method in config.listed("methods"):
-        print(f"{method:<10}" + "".join(f"{cells.get((method, name), '-'):>13}" for name in names))
+    folder = Path(config.output_dir or home / "finetune")
+    measure(experiment, val_labels, folder)
     write_file(folder / "config.json", json.dumps(asdict(experiment.config), indent=2).encode())
     print(f"written: {folder}/table.csv, table.png, config.json", flush=True)
 
@@ -420,7 +394,6 @@ def train_and_save(config: FinetuneConfig) -> None:
     folder, draws = Path(config.output_dir or home / "classifier"), [d for c in experiment.columns.values() for d in c]
     if len(draws) != 1:
         raise UsageError("train takes one labelled set: one --labels-per-class, one --fraction or one --label-list.")
-    print(f"fine-tuning on {len(draws[0])} labelled images", flush=True)
     model = experiment.trained("finetune", draws[0], config.listed("seeds")[0], config.lr, verbose=True)
     model.save_pretrained(folder)
     truth = val_labels[experiment.val]
