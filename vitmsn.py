@@ -4,16 +4,15 @@ Paper: Assran et al., "Masked Siamese Networks for Label-Efficient Learning", EC
 section and equation numbers we use. The file follows its Section 3 from top to bottom (the random augmentations are in
 train_msn.py): patchify and mask, encoder, similarity metric and predictions, training objective, pretraining.
 
-Backbone and classifier are the ViTMSNModel and ViTMSNForImageClassification of Hugging Face transformers: the same
-numbers from the same weights, in both directions. Pretraining is the published procedure (tests/test_golden.py);
-wherever we leave it, a comment that starts with "Departure:" says so.
+Backbone and classifier are those of Hugging Face transformers: the same numbers from the same weights, in both
+directions. Pretraining is the published procedure (tests/test_golden.py); "Departure:" marks where we leave it.
 
     model = ViTMSNForImageClassification.from_pretrained("facebook/vit-msn-small", num_labels=10)
     logits = model(preprocess(images, model.config)).logits
 
-Shapes are written in the letters of the einops patterns (in brackets the paper's): b images, v anchor views per image
-(M), n tokens or patches, d width of the encoder, h attention heads, k prototypes (K), e width of the projection (d),
-c channels, p patch size in pixels (N).
+Shapes are written in the letters of the einops patterns (in brackets the paper's):
+    b images          v anchor views per image (M)    n tokens or patches    d width of the encoder    h attention heads
+    k prototypes (K)  e width of the projection (d)   c channels             p patch size in pixels (N)
 """
 import copy
 import json
@@ -50,8 +49,7 @@ PRESETS = {  # the published shapes (paper, Section 4): name -> width, layers, h
 
 @dataclass
 class ViTMSNConfig:
-    """Architecture of a ViTMSN; names, defaults and meaning as in transformers. num_labels=0: the head is the identity.
-    Other keys of a config.json are kept in `extra` and written back. Raises ValueError for values no model can have."""
+    """Architecture of a ViTMSN, named as in transformers. Raises ValueError for values that no model can have."""
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -65,13 +63,13 @@ class ViTMSNConfig:
     patch_size: int = 16  # pixels
     num_channels: int = 3
     qkv_bias: bool = True
-    num_labels: int | None = None  # None: as many as id2label names, else 2
+    num_labels: int | None = None  # None: as many as id2label names, else 2. 0: the head is the identity
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
     problem_type: str | None = None  # None: inferred from the labels at the first loss
     attn_implementation: str = "sdpa"
     drop_path_rate: float = 0.0
-    extra: dict = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)  # other keys of a config.json; to_dict writes them back
 
     def __post_init__(self):
         if self.id2label is None:
@@ -127,11 +125,10 @@ class ViTMSNConfig:
     def from_pretrained(cls, name_or_path: str | os.PathLike) -> "ViTMSNConfig":
         """Read the config.json of a folder or of a model on the Hugging Face hub."""
         path = local_folder(name_or_path) / "config.json"
+        content = path.read_bytes()  # raises FileNotFoundError
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no config.json in {path.parent}.") from None
-        except (ValueError, OSError, RecursionError) as error:
+            return cls.from_dict(json.loads(content))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} can't be used: {error}") from error
 
     def to_dict(self) -> dict:
@@ -148,11 +145,10 @@ class ViTMSNConfig:
 # ---- Outputs, loading and saving: the surface of transformers, no part of the method --------------------------------
 @dataclass
 class ViTMSNModelOutput:
-    """last_hidden_state: b n d after the final norm. hidden_states: embeddings, then each layer's output, the last one
-    before the final norm. attentions: b h n n per layer. The last two are None unless asked for."""
-    last_hidden_state: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    """What the backbone returns. The last two are None unless asked for."""
+    last_hidden_state: Tensor  # b n d, after the final norm
+    hidden_states: tuple[Tensor, ...] | None = None  # b n d: the embeddings, then each layer's output, before that norm
+    attentions: tuple[Tensor, ...] | None = None  # b h n n of each layer
 
 @dataclass
 class ViTMSNClassifierOutput:
@@ -164,10 +160,6 @@ class ViTMSNClassifierOutput:
 
 for output in (ViTMSNModelOutput, ViTMSNClassifierOutput):  # so that torch.export can look into them
     torch.export.register_dataclass(output, serialized_type_name=output.__name__)
-
-def finish(out):
-    """What forward returns: the output object, but for torch.jit.trace, which knows only tuples of tensors."""
-    return tuple(x for x in vars(out).values() if x is not None) if torch.jit.is_tracing() else out
 
 class PretrainedMixin:
     """What the backbone and the classifier share of transformers' surface."""
@@ -242,22 +234,6 @@ def sample_patches_to_keep(batch: int, num_patches: int, mask_ratio: float, gene
     order = torch.rand(batch, num_patches, generator=generator, device=generator.device).argsort(dim=1)
     return order[:, :kept].sort(dim=1).values
 
-def sample_patches_to_keep_blockwise(batch: int, num_patches: int | tuple[int, int], mask_ratio: float,
-                                     generator: torch.Generator) -> Tensor:
-    """Block-wise mask (not in the paper), contract as above: one block of random place and shape is dropped: patches
-    nearest to a random centre by the larger distance along an axis, stretched by an aspect ratio of 1:2 to 2:1; so its
-    size is exact, also at the border. num_patches: their number, if the grid is square, or (rows, columns)."""
-    rows, columns = (math.isqrt(num_patches),) * 2 if isinstance(num_patches, int) else num_patches
-    if isinstance(num_patches, int) and rows * columns != num_patches:
-        raise ValueError(f"{num_patches} patches are no square grid; pass (rows, columns).")
-    kept = num_patches_to_keep(rows * columns, mask_ratio)
-    centre_row, centre_column, stretch = torch.rand(3, batch, 1, generator=generator, device=generator.device)
-    aspect = 2 ** (stretch - 0.5)
-    patch = torch.arange(rows * columns, device=generator.device)
-    distance = torch.maximum((patch // columns + 0.5 - centre_row * rows).abs() * aspect,
-                             (patch % columns + 0.5 - centre_column * columns).abs() / aspect)
-    return distance.argsort(dim=1, descending=True, stable=True)[:, :kept].sort(dim=1).values
-
 def take_patches(x: Tensor, patches_to_keep: Tensor | None) -> Tensor:
     """Rows of x that stay. x: b n d, patches_to_keep: b kept, None for all -> b kept d."""
     return x if patches_to_keep is None else x.gather(1, patches_to_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -284,8 +260,7 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """Stochastic depth: drop an image's residual branch with probability `rate`, scale the others up. x: b n d."""
     if rate == 0 or not training:
         return x
-    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
-    return x * keep / (1 - rate)
+    return x * (torch.rand(len(x), 1, 1, device=x.device) >= rate) / (1 - rate)
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values."""
@@ -296,8 +271,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, class_token_only: bool = False,
-                output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, class_token_only: bool = False, output_attentions: bool = False) -> tuple:
         """x: b n d -> b n d (b 1 d with class_token_only), and the probabilities b h n n if they were asked for."""
         if class_token_only:  # one query asks, but every token is still a key and a value
             width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
@@ -329,8 +303,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps), MLP(config)
         self.dropout, self.drop_path_rate = nn.Dropout(config.hidden_dropout_prob), drop_path_rate
 
-    def forward(self, x: Tensor, class_token_only: bool = False,
-                output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, class_token_only: bool = False, output_attentions: bool = False) -> tuple:
         """x: b n d -> b n d, or b 1 d with class_token_only; attention probabilities b h n n or None."""
         attended, probabilities = self.attn(self.norm1(x), class_token_only, output_attentions)
         x = x[:, :1] if class_token_only else x
@@ -388,7 +361,7 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
                     interpolate_pos_encoding: bool = False) -> Tensor:
         """The class token after the last layer, *before* the final norm: the published feature for probing. -> b d."""
         tokens = self.embed(pixel_values, None, patches_to_keep, interpolate_pos_encoding)
-        for i, block in enumerate(self.blocks, 1):
+        for i, block in enumerate(self.blocks, 1):  # in the last layer only the class token is computed
             tokens, _ = self._run(block, tokens, i == len(self.blocks), False)
         return tokens[:, 0]
 
@@ -406,7 +379,7 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
             tokens, probabilities = self._run(block, tokens, False, output_attentions)
             hidden_states += [tokens] if output_hidden_states else []  # else all would stay in memory
             attentions += [probabilities] if output_attentions else []
-        return finish(ViTMSNModelOutput(self.norm(tokens), tuple(hidden_states) or None, tuple(attentions) or None))
+        return ViTMSNModelOutput(self.norm(tokens), tuple(hidden_states) or None, tuple(attentions) or None)
 
 # ---- Classifier ------------------------------------------------------------------------------------------------------
 def classification_loss(logits: Tensor, labels: Tensor, config: ViTMSNConfig) -> Tensor:
@@ -433,13 +406,12 @@ class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
         """pixel_values: b c height width; labels: b class numbers, or b num_labels for regression and multi-label."""
         if output_hidden_states or output_attentions:
             out = self.vit(pixel_values, None, None, interpolate_pos_encoding, output_hidden_states, output_attentions)
-            state, hidden_states, attentions = out.last_hidden_state[:, 0], out.hidden_states, out.attentions
+            state, extras = out.last_hidden_state[:, 0], (out.hidden_states, out.attentions)
         else:
-            state = self.vit.norm(self.vit.class_token(pixel_values, None, interpolate_pos_encoding))
-            hidden_states = attentions = None
+            state, extras = self.vit.norm(self.vit.class_token(pixel_values, None, interpolate_pos_encoding)), ()
         logits = self.classifier(state)
         loss = None if labels is None else classification_loss(logits, labels, self.config)
-        return finish(ViTMSNClassifierOutput(logits, loss, hidden_states, attentions))
+        return ViTMSNClassifierOutput(logits, loss, *extras)
 
 # ---- Similarity Metric and Predictions (paper, Section 3) ------------------------------------------------------------
 # In the log domain throughout: in float32 the plain form is 0, its log infinite, at temperature 0.1, sharpening 0.05.
@@ -455,8 +427,6 @@ def log_assign(z: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
 
 def smooth(log_p: Tensor, smoothing: float) -> Tensor:
     """Label smoothing of the prototype labels (not in the paper): log((1 - s) p + s / k). log_p: b k -> b k."""
-    if smoothing == 0:
-        return log_p
     return torch.logaddexp(log_p + math.log1p(-smoothing), log_p.new_tensor(smoothing / log_p.shape[-1]).log())
 
 def sharpen(log_p: Tensor, sharpening: float) -> Tensor:
@@ -496,16 +466,15 @@ def power_law_prior(num_prototypes: int, exponent: float) -> Tensor:
     return (-exponent * torch.arange(1, num_prototypes + 1, dtype=torch.float64).log()).log_softmax(dim=0)
 
 class MSNLoss(NamedTuple):
-    """Scalars, entropies in nats, but for target_assignments (b k, rows sum to 1). The last three tell a healthy run
-    from a collapsed one: how many prototypes are some target's first choice, mean highest and lowest assignment."""
+    """Scalars, entropies in nats, but for target_assignments. The last three tell a healthy from a collapsed run."""
     loss: Tensor
     cross_entropy: Tensor
     memax: Tensor
     entropy: Tensor
-    target_assignments: Tensor
-    prototypes_used: Tensor
-    top_assignment: Tensor
-    bottom_assignment: Tensor
+    target_assignments: Tensor  # b k, rows sum to 1
+    prototypes_used: Tensor  # how many are some target's first choice
+    top_assignment: Tensor  # each target's highest, their mean
+    bottom_assignment: Tensor  # each target's lowest, their mean
 
 def msn_loss(anchors: Tensor, targets: Tensor, prototypes: Tensor, *, temperature: float = 0.1,
              sharpening: float = 0.25, sinkhorn_iterations: int = 3, memax_weight: float = 1.0,
@@ -597,8 +566,7 @@ class ViTMSNForPreTraining(nn.Module):
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """target <- momentum * target + (1 - momentum) * anchor, the parameters only, not the buffers of batch norm."""
-        target, anchor = self.target_encoder.parameters(), self.anchor_encoder.parameters()
-        torch._foreach_lerp_(list(target), list(anchor), 1 - momentum)
+        torch._foreach_lerp_([*self.target_encoder.parameters()], [*self.anchor_encoder.parameters()], 1 - momentum)
 
     def load_pretrained(self, name_or_path: str | os.PathLike) -> list[str]:
         """Start both encoders from weights that from_pretrained reads: a backbone alone, or with projection head and
@@ -632,8 +600,7 @@ def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {name.removeprefix("module.").replace("patch_embed.proj.", "patch_embed."): v for name, v in state.items()}
     return {name: value.flatten(1) if name == "patch_embed.weight" else value for name, value in state.items()}
 
-# In the classifiers of transformers "vit." precedes all but `classifier`, in files of version 5 only some; so it is
-# taken off wherever it stands.
+# In classifiers "vit." precedes all names but `classifier`, in files of version 5 only some: it is always taken off.
 QKV = ("query", "key", "value")  # three tensors there, one of ours
 TRANSFORMERS_NAMES = (  # parts of names: original; in files, and in memory up to version 4; in memory since version 5
     (".cls_token", ".embeddings.cls_token"), (".mask_token", ".embeddings.mask_token"),
@@ -735,11 +702,9 @@ def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None
         if not isinstance(content.get("target_encoder"), dict):
             config = config or ViTMSNConfig.from_pretrained(path.parent)
             return config, from_transformers({str(name): value for name, value in content.items()})
-        state = {str(name).removeprefix("module."): value for name, value in content["target_encoder"].items()}
+        values = {**content["target_encoder"], "prototypes": content.get("prototypes")}
+        state = {str(name).removeprefix("module."): x for name, x in values.items() if isinstance(x, Tensor)}
         config = config or infer_config(state, content.get("model_config", {}))
-        state |= {"prototypes": content["prototypes"]} if "prototypes" in content else {}
-        if junk := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-            raise TypeError(f"{junk[0]} is no tensor")
         return config, from_original(state)
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:  # not there, or no tensors
         raise ValueError(f"{path} holds no ViT that fits: {error}") from error

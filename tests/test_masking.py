@@ -9,16 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from vitmsn import (
-    num_patches_to_keep,
-    patchify,
-    sample_patches_to_keep,
-    sample_patches_to_keep_blockwise,
-    take_patches,
-    unpatchify,
-)
+from vitmsn import num_patches_to_keep, patchify, sample_patches_to_keep, take_patches, unpatchify
 
-samplers = pytest.mark.parametrize("sample", [sample_patches_to_keep, sample_patches_to_keep_blockwise])
 sides, seeds = st.integers(1, 9), st.integers(0, 2**31)
 ratios = st.decimals(0, "0.99", places=2).map(float)
 
@@ -67,37 +59,33 @@ def test_a_ratio_outside_0_to_1_is_refused(ratio):
         num_patches_to_keep(16, ratio)
 
 
-@samplers
 @given(batch=st.integers(1, 5), side=st.integers(2, 9), ratio=st.decimals(0, "0.7", places=2).map(float), seed=seeds)
-def test_masks_keep_an_exact_number_of_different_patches_in_ascending_order(sample, batch, side, ratio, seed):
-    mask = sample(batch, side * side, ratio, generator(seed))
+def test_masks_keep_an_exact_number_of_different_patches_in_ascending_order(batch, side, ratio, seed):
+    mask = sample_patches_to_keep(batch, side * side, ratio, generator(seed))
     assert mask.shape == (batch, num_patches_to_keep(side * side, ratio)) and mask.dtype == torch.long
     assert (mask.diff(dim=1) > 0).all()  # ascending, none twice
     assert mask.min() >= 0 and mask.max() < side * side
 
 
-@samplers
 @given(side=sides, seed=seeds)
-def test_ratio_0_is_the_identity(sample, side, seed):
-    assert sample(2, side * side, 0.0, generator(seed)).equal(torch.arange(side * side).expand(2, -1))
+def test_ratio_0_is_the_identity(side, seed):
+    assert sample_patches_to_keep(2, side * side, 0.0, generator(seed)).equal(torch.arange(side * side).expand(2, -1))
 
 
-@samplers
-def test_the_images_of_a_batch_get_different_masks(sample):
-    assert len({tuple(mask) for mask in sample(50, 100, 0.5, generator(0)).tolist()}) > 20
+def test_the_images_of_a_batch_get_different_masks():
+    assert len({tuple(mask) for mask in sample_patches_to_keep(50, 100, 0.5, generator(0)).tolist()}) > 20
 
 
-@samplers
 @given(seed=seeds, other=seeds)
-def test_the_generator_alone_decides(sample, seed, other):
+def test_the_generator_alone_decides(seed, other):
     torch.manual_seed(seed)
     before = torch.get_rng_state()
-    mask = sample(4, 49, 0.6, generator(seed))
+    mask = sample_patches_to_keep(4, 49, 0.6, generator(seed))
     assert torch.get_rng_state().equal(before)  # the global one is not even touched
     torch.manual_seed(other)
-    assert sample(4, 49, 0.6, generator(seed)).equal(mask)
+    assert sample_patches_to_keep(4, 49, 0.6, generator(seed)).equal(mask)
     if seed != other:
-        assert not sample(4, 49, 0.6, generator(other)).equal(mask)
+        assert not sample_patches_to_keep(4, 49, 0.6, generator(other)).equal(mask)
 
 
 def test_every_subset_of_patches_is_equally_likely():
@@ -107,37 +95,6 @@ def test_every_subset_of_patches_is_equally_likely():
     assert counts.sum() == draws
     chi_square = ((counts - draws / 15) ** 2 / (draws / 15)).sum()
     assert chi_square < 36.1  # 14 degrees of freedom: 1 in 1000
-
-
-def is_connected(cells: set[tuple[int, int]]) -> bool:
-    reached, ahead = set(), [min(cells)]
-    while ahead:
-        row, column = cell = ahead.pop()
-        if cell in cells - reached:
-            reached.add(cell)
-            ahead += [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
-    return reached == cells
-
-
-@given(rows=st.integers(2, 10), columns=st.integers(2, 10), ratio=st.decimals("0.1", "0.9", places=2).map(float),
-       seed=seeds)
-def test_blockwise_masks_drop_one_connected_block(rows, columns, ratio, seed):
-    for mask in sample_patches_to_keep_blockwise(3, (rows, columns), min(ratio, 0.7), generator(seed)).tolist():
-        dropped = {divmod(patch, columns) for patch in set(range(rows * columns)) - set(mask)}
-        assert not dropped or is_connected(dropped)
-
-
-def test_blocks_are_found_everywhere_in_both_orientations():
-    masks = sample_patches_to_keep_blockwise(500, (8, 8), 0.25, generator(0))
-    dropped = torch.ones(500, 64).scatter(1, masks, 0).reshape(500, 8, 8)
-    assert (dropped.sum(dim=0) > 0).all()
-    heights, widths = dropped.amax(dim=2).sum(dim=1), dropped.amax(dim=1).sum(dim=1)
-    assert (heights > widths).sum() > 100 < (widths > heights).sum()
-
-
-def test_blockwise_masks_of_a_number_that_is_no_square_want_rows_and_columns():
-    with pytest.raises(ValueError, match="rows, columns"):
-        sample_patches_to_keep_blockwise(1, 12, 0.5, generator(0))
 
 
 @given(seed=seeds)

@@ -269,16 +269,6 @@ def test_exports_with_pixel_values_named_or_not(make):
         assert_close(vars(exported(*positional, **named)), vars(model(images)))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("make", [backbone, classifier])
-def test_traces_with_pixel_values_named_or_not(make):
-    model, images = make().eval(), randn(2, 3, 32, 32)
-    expected = next(iter(vars(model(images)).values()))
-    assert_close(torch.jit.trace(model, images)(images)[0], expected)
-    named = {"pixel_values": images}
-    assert_close(torch.jit.trace(model, example_kwarg_inputs=named)(**named)[0], expected)
-
-
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_half_precision_stays_near_float32(dtype, limit, implementation):
