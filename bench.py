@@ -4,13 +4,11 @@
     python bench.py inference --preset small-16 --threads 1 --against transformers
     python bench.py train --recipe demo --attn eager sdpa
 
-Every suite takes the flags of train_msn.py; --preset is the recipe of that name. What is compared runs interleaved
-(A B A B ...) in one process after a warm-up, on inputs that are new at each repeat. A cell is the median time in ms
-[quartiles], and with --memory the peak: allocated on CUDA; on a CPU resident, of a process that runs nothing else.
+Every suite takes the flags of train_msn.py. What is compared runs interleaved (A B A B ...) after a warm-up, on inputs
+that are new at each repeat. A cell is the median time in ms [quartiles], with --memory also the peak in MiB.
 """
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -31,17 +29,13 @@ from vitmsn import (
 
 # ---- Measuring. A case is a tuple (make, *arguments): make gives two functions, of a new input and what to time ------
 def seconds_of(run, x, args: argparse.Namespace) -> float:
-    """Time of run(x): by the clock, on CUDA by the device's own events."""
-    if args.device.type != "cuda":
-        start = args.clock()
-        run(x)
-        return args.clock() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    """Time of run(x) by the clock, until the device has done it."""
+    synchronize = getattr(torch, args.device.type).synchronize  # on a CPU there is nothing to wait for
+    synchronize()
+    start = args.clock()
     run(x)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+    synchronize()
+    return args.clock() - start
 
 def measure(cases: dict, args: argparse.Namespace, memory: bool) -> dict:
     """Seconds (median, quartiles) and MiB of each case. Interleaved: what disturbs the machine disturbs all alike."""
@@ -58,7 +52,7 @@ def measure(cases: dict, args: argparse.Namespace, memory: bool) -> dict:
     return results
 
 def peak_memory(threads: int, device: torch.device, make, *arguments) -> int:
-    """In a process of its own: bytes that this case needs at most."""
+    """In a process of its own: bytes that this case needs at most, allocated on CUDA, on a CPU resident."""
     torch.set_num_threads(threads)
     new_input, run = make(*arguments)
     for _ in range(2):
@@ -164,10 +158,10 @@ def train(args: argparse.Namespace) -> list[dict]:
     """A row for each attention path and each value of what varies: a mask ratio, a size, a number."""
     unmasked = {"focal_views": 0} if args.suite == "masking" else {}  # focal views would hide what masking spares
     base, rows = training_config(args, **unmasked), []
-    series, peak = {"mask_ratio": getattr(args, "mask_ratios", [base.mask_ratio])}, matmul_peak(base.precision, args)
-    if args.suite == "growth":
-        series = {field: [max(getattr(base, field), 1) * 2**i for i in range(args.doublings + 1)]
-                  for field in ("image_size", "num_prototypes", "focal_views")}
+    peak = matmul_peak(base.precision, args)
+    series = {"train": {"mask_ratio": [base.mask_ratio]}, "masking": {"mask_ratio": [i / 10 for i in range(10)]},
+              "growth": {field: [max(getattr(base, field), 1) * factor for factor in (1, 2, 4)]
+                         for field in ("image_size", "num_prototypes", "focal_views")}}[args.suite]
     for field, values in series.items():
         configs = {value: replace(base, **{field: value}) for value in values}
         cases = {(attn, value): (step_case, config, attn, args.source_size, args.device)
@@ -223,9 +217,8 @@ def views(args: argparse.Namespace) -> list[dict]:
     config = training_config(args)
     results = measure({name: (case, config, args.source_size, args.device)
                        for name, case in (("ours", views_case), ("Pillow", pillow_case))}, args, args.memory)
-    rates = {f"{name}, pictures/s": config.batch_size / result["median"] for name, result in results.items()}
     return [{"source": "{}x{}".format(*args.source_size), "views": 1 + config.random_views + config.focal_views,
-             **results, **rates, "Pillow / ours": results["Pillow"]["median"] / results["ours"]["median"]}]
+             **results, "Pillow / ours": results["Pillow"]["median"] / results["ours"]["median"]}]
 
 # ---- The command line ------------------------------------------------------------------------------------------------
 SUITES = {"inference": inference, "masking": train, "train": train, "growth": train, "views": views}
@@ -250,20 +243,15 @@ def make_parser() -> argparse.ArgumentParser:
         flag("--preset", choices=PRESETS, help="a published shape and its pretraining")
         flag("--threads", type=int, default=1 if name == "views" else torch.get_num_threads())
         flag("--repeats", type=int, default=10)
-        memory = sys.platform == "linux" and name not in ("inference", "views")
-        flag("--memory", action=argparse.BooleanOptionalAction, default=memory)
+        flag("--memory", action=argparse.BooleanOptionalAction, default=sys.platform == "linux" and suite is train)
         flag("--cpu-time", action="store_true", help="not the clock's: for one thread on a busy machine")
         flag("--source-size", type=int, nargs=2, help="height and width of the decoded pictures")
         flag("--json", help="file for machine, flags and rows; times in seconds, memory in MiB")
-        if name == "masking":
-            flag("--mask-ratios", type=float, nargs="+", default=[i / 10 for i in range(10)])
-        if name == "growth":
-            flag("--doublings", type=int, default=2)
         if name != "inference":
             flag("--attn", nargs="+", choices=("eager", "sdpa"), default=[""])
             continue
-        dtypes = ("float32", "float16", "bfloat16")
         flag("--attn", nargs="+", choices=("eager", "sdpa", "compiled"), default=["eager", "sdpa"])
+        dtypes = ("float32", "float16", "bfloat16")
         flag("--precision", dest="precisions", nargs="+", choices=dtypes, default=["float32"])
         flag("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
         flag("--head", choices=("model", "classifier"), default="model")
@@ -288,8 +276,7 @@ def main(argv: list[str]) -> None:
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)|\Z", info.read_text())[1] if info.exists() else sys.platform
     machine = {"machine": torch.cuda.get_device_name() if args.device.type == "cuda" else cpu, "threads": args.threads,
-               "cores": os.cpu_count(), "load": os.getloadavg()[0], "clock": args.clock.__name__,
-               "float32 matmul GFLOP/s": matmul_peak("float32", args) / 1e9,
+               "clock": args.clock.__name__, "float32 matmul GFLOP/s": matmul_peak("float32", args) / 1e9,
                **{name: __import__(name).__version__ for name in ("torch", *getattr(args, "against", ()))}}
     print(", ".join(f"{name} {show(value)}" for name, value in machine.items()), end="\n\n", flush=True)
     rows = SUITES[args.suite](args)

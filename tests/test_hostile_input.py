@@ -27,8 +27,8 @@ from vitmsn import ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, read
 OWN_ROWS = [  # program, flags, exit status, what the line says; capitals stand for the paths of the fixture `places`
     ("train_msn", "--nonsense 1", 2, "--nonsense"), ("train_msn", "picture.jpg", 2, "picture.jpg"),
     ("train_msn", "--seed", 2, "expected one argument"), ("train_msn", "--recipe demu", 2, "demo, cifar10, imagenette"),
-    ("train_msn", "--image-size 30", 2, "no whole number of patches of 4; use 28 or 32"),
-    ("train_msn", "--focal-size 15", 2, "use 12 or 16"), ("train_msn", "--patch-size 64", 2, "patches of 64"),
+    ("train_msn", "--image-size 30", 2, "30 pixels is no whole number of patches of 4"),
+    ("train_msn", "--focal-size 15", 2, "a view of 15"), ("train_msn", "--patch-size 64", 2, "patches of 64"),
     ("train_msn", "--random-views 0 --focal-views 0", 2, "at least one anchor view"),
     ("train_msn", "--num-attention-heads 5", 2, "num_attention_heads=5"),
     ("train_msn", "--mask-ratio 0.995", 2, "leaves none"), ("train_msn", "--crop-scale 0.8 0.2", 2, "crop_scale"),
@@ -134,7 +134,7 @@ def test_debug_gives_the_traceback_and_a_program_its_exit_status():
     ({"RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR"), ({"RANK": "0", "MASTER_PORT": "no"}, "no"),
     ({"RANK": "none"}, "none"), ({"WORLD_SIZE": "two"}, "two")])
 def test_processes_that_cannot_join_never_run_alone(environment, says, places, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_msn, "JOIN_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(train_msn, "TIMEOUT", timedelta(seconds=1))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = str(taken.getsockname()[1])
@@ -356,7 +356,7 @@ def test_two_thousand_malformed_inputs(whole, tmp_path, capsys):
     ("target_encoder/norm.more", torch.zeros(8), "norm.more"), ("encoder", {}, "Missing"), ("optimizer", {}, "fit"),
     ("optimizer/state/0/exp_avg", torch.zeros(1, 2), "exp_avg"), ("optimizer/state/0/exp_avg", "x", "does not fit"),
     ("optimizer/state/0/exp_avg_sq", torch.full((1, 1, 8), float("nan")), "not finite"), ("step", "3", "step"),
-    ("optimizer/state/4/step", torch.tensor(-9.0), "step is not finite"), ("step", None, "step"),
+    ("optimizer/state/4/step", torch.tensor(-9.0), "step is not finite, negative"), ("step", None, "step"),
     ("elapsed", None, "elapsed"), ("config", [1], "config"), ("config/lr", "much", "lr"),
     ("config/hidden_size", 16, "size mismatch")])
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(path, value, says, whole, places, tmp_path, capsys):
