@@ -2,7 +2,6 @@
 
     python bench.py                             # the documented table: eager against SDPA, float32, batches 1 2 4 8
     python bench.py inference --preset small-16 --threads 1 --against transformers
-    python bench.py train --recipe demo --attn eager sdpa
 
 Every suite takes the flags of train_msn.py. What is compared runs interleaved (A B A B ...) after a warm-up, on inputs
 that are new at each repeat. A cell is the median time in ms [quartiles], with --memory also the peak in MiB.

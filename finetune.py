@@ -211,7 +211,7 @@ def build_classifier(encoder: ViTMSNModel, classes: list, config: FinetuneConfig
     if probe is not None:
         nn.init.ones_(model.vit.norm.weight), nn.init.zeros_(model.vit.norm.bias)
         model.classifier.weight.data.copy_(probe / encoder.config.hidden_size**0.5)
-    model.set_attn_implementation("sdpa" if encoder.cls_token.is_cuda else "eager")  # as in pretraining
+    model.set_attn_implementation("sdpa" if encoder.cls_token.is_cuda else "eager")  # on a CPU, fast in bfloat16 too
     return model.to(encoder.cls_token.device)
 
 def train_classifier(model: Classifier, images: Dataset, labels: Tensor, indices: list[int],

@@ -20,6 +20,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -124,7 +125,7 @@ class TrainConfig:
             raise UsageError("random_views and focal_views are both 0; give at least one anchor view.")
         for size in {self.image_size, self.focal_size if self.focal_views else self.image_size}:
             if size % self.patch_size:
-                raise UsageError(f"a view of {size} pixels is no whole number of patches of {self.patch_size}.")
+                raise UsageError(f"a view of {size} pixels is no whole patches; use a multiple of {self.patch_size}.")
         try:
             self.model_config()
             num_patches_to_keep((self.image_size // self.patch_size) ** 2, self.mask_ratio)
@@ -276,9 +277,11 @@ class ImageFiles(Dataset):
 
 def load_image(path: Path, side: int) -> Tensor:
     """A picture file as uint8 3 height width, upright, its shorter side at most `side` (the longer: four times)."""
-    with Image.open(path) as image:
-        image.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size where that is enough
-        image = to_rgb(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit, as an error
+        with Image.open(path) as image:
+            image.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size where that is enough
+            image = to_rgb(image)
     scale = min(1, side / min(image.size), 4 * side / max(image.size))
     if scale < 1:
         image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR, reducing_gap=2)
@@ -579,7 +582,7 @@ def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepVal
         sharpening=linear(step, stretched, config.sharpening, config.final_sharpening))
 
 # ---- Many processes: all that knows of torch.distributed; one process needs none of it -------------------------------
-TIMEOUT = timedelta(hours=1)  # how long processes wait for one another: the first one evaluates by itself
+TIMEOUT = timedelta(minutes=20)  # how long processes wait for one another: the first one evaluates by itself
 
 class AllReduce(torch.autograd.Function):
     """The reduction that vitmsn.msn_loss asks for: "sum" (with its gradient) or "max" (of a detached x).
@@ -631,8 +634,11 @@ def start_processes(config: TrainConfig) -> Processes:
     if config.device == "cuda" and not gpus:
         raise UsageError("device='cuda' but torch sees no CUDA device (GPU); use --device cpu or a CUDA build.")
     if config.batch_size % count or config.batch_size // count < 2:
-        raise UsageError(f"batch_size={config.batch_size} can't be shared evenly by {count} processes, 2 or more each.")
+        raise UsageError(f"batch_size={config.batch_size} is no even share, of 2 images or more, for each of {count} "
+                         f"processes; use {max(2, math.ceil(config.batch_size / count)) * count}.")
     if gpus:
+        if local >= gpus:
+            raise UsageError(f"process {local} has no GPU ({gpus} are here); start fewer, or use --device cpu.")
         torch.cuda.set_device(local)
     if count > 1:
         dist.init_process_group("nccl" if gpus else "gloo", timeout=TIMEOUT)
@@ -660,7 +666,8 @@ def build_model(config: TrainConfig, processes: Processes) -> ViTMSNForPreTraini
         print(f"starting from {config.init_from}; new are: {', '.join(new) or 'none'}", flush=True)
     model.prototypes.requires_grad_(not config.freeze_prototypes)
     # On a CPU the fused kernel's backward pass in bfloat16 takes 3 to 8 times as long as the written-out one.
-    model.anchor_encoder.set_attn_implementation("sdpa" if processes.device.type == "cuda" else "eager")
+    slow = (processes.device.type, config.precision) == ("cpu", "bfloat16")
+    model.anchor_encoder.set_attn_implementation("eager" if slow else "sdpa")
     if config.gradient_checkpointing:
         model.anchor_encoder.gradient_checkpointing_enable()
     for module in model.modules():
@@ -791,7 +798,7 @@ def load_checkpoint(folder: Path) -> dict | None:
             print(f"{error} Trying the checkpoint before it.", file=sys.stderr, flush=True)
     if found:
         raise ValueError(f"no checkpoint in {folder} can be read; start again in another folder.")
-    return None
+    print(f"there is no checkpoint in {folder}: starting from the beginning", flush=True)
 
 def restore(content: dict, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's content back. Raises ValueError if it is of another architecture or not finite."""
@@ -915,8 +922,9 @@ class Record:
         if clock - self.shown < (0.5 if self.live else 20) and done < self.last:
             return
         self.shown, pace = clock, (clock - self.start) / done
-        line = (f"step {done}/{self.last}  epoch {epoch:.1f}  loss {terms[0]:.3f}  prototypes {used}  lr {now.lr:.1e}  "
-                f"{self.batch_size / pace:.0f} images/s  {timedelta(seconds=round(pace * (self.last - done)))} left")
+        line = (f"step {done}/{self.last}  epoch {epoch:.1f}  loss {terms[0]:.3f}  cross-entropy {terms[1]:.3f}  "
+                f"me-max {terms[2]:.3f}  prototypes {used}  lr {now.lr:.1e}  {self.batch_size / pace:.0f} images/s  "
+                f"{timedelta(seconds=round(pace * (self.last - done)))} left")
         print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def evaluation(self, step: int, epoch: float, accuracy: float) -> None:
@@ -1023,8 +1031,6 @@ def main(argv: list[str]) -> None:
     if len(data.train) < config.batch_size:
         raise UsageError(f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; lower it.")
     train(config, data, folder, content, processes)
-    if processes.count > 1:
-        dist.barrier()  # the first process still evaluates
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

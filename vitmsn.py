@@ -5,7 +5,7 @@ section and equation numbers we use. The file follows its Section 3 from top to 
 train_msn.py): patchify and mask, encoder, similarity metric and predictions, training objective, pretraining.
 
 Backbone and classifier are those of Hugging Face transformers: the same numbers from the same weights, in both
-directions. Pretraining is the published procedure (tests/test_golden.py); "Departure:" marks where we leave it.
+directions. Pretraining is the official code's, by its numbers (tests/test_golden.py); "Departure:" marks what differs.
 
     model = ViTMSNForImageClassification.from_pretrained("facebook/vit-msn-small", num_labels=10)
     logits = model(preprocess(images, model.config)).logits
@@ -168,7 +168,7 @@ class PretrainedMixin:
                         attn_implementation: str | None = None, torch_dtype: torch.dtype | str | None = None,
                         dtype: torch.dtype | str | None = None, num_labels: int | None = None,
                         ignore_mismatched_sizes: bool = False, **model_options):
-        """Load a transformers folder, an original .pth.tar, one of our checkpoints, or a name on the hub; eval mode.
+        """Load a transformers folder or hub name, or the target encoder of an original .pth.tar or of ours; eval mode.
         torch_dtype (or dtype): None means the stored one. config: only needed for an original file whose heads are
         not 64 wide. Raises ValueError that names missing or wrongly shaped weights, FileNotFoundError."""
         config, weights = read_pretrained(name_or_path, config)
@@ -414,7 +414,7 @@ class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
         return ViTMSNClassifierOutput(logits, loss, *extras)
 
 # ---- Similarity Metric and Predictions (paper, Section 3) ------------------------------------------------------------
-# In the log domain throughout: in float32 the plain form is 0, its log infinite, at temperature 0.1, sharpening 0.05.
+# In the log domain throughout: at temperature 0.1, sharpening 0.05 a float32 p rounds to 0, and its log is infinite.
 AllReduce = Callable[[Tensor, str], Tensor]  # x, "sum" or "max" -> that of x over all processes
 
 def one_process(x: Tensor, op: str) -> Tensor:
@@ -430,7 +430,7 @@ def smooth(log_p: Tensor, smoothing: float) -> Tensor:
     return torch.logaddexp(log_p + math.log1p(-smoothing), log_p.new_tensor(smoothing / log_p.shape[-1]).log())
 
 def sharpen(log_p: Tensor, sharpening: float) -> Tensor:
-    """p^(1/T) renormalised, the paper's softmax(s / tau+) with tau+ = T tau (0.25 x 0.1). log_p: b k -> b k."""
+    """p^(1/T) renormalised: the paper's softmax at tau+ = T tau (T: sharpening; 0.25 x 0.1). log_p: b k -> b k."""
     return (log_p / sharpening).log_softmax(dim=-1)
 
 def batch_logsumexp(log_p: Tensor, all_reduce: AllReduce) -> Tensor:
@@ -439,8 +439,8 @@ def batch_logsumexp(log_p: Tensor, all_reduce: AllReduce) -> Tensor:
     return peak + all_reduce((log_p - peak).exp().sum(dim=0), "sum").log()
 
 def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_process) -> Tensor:
-    """Sinkhorn normalisation (paper, Appendix A.1): every prototype the same share of the batch, then every view its
-    sum of 1: that one exactly, and in it the constants of the usual form cancel. log_p: b k (any values) -> b k."""
+    """Sinkhorn normalisation (paper, Appendix A.1): each prototype gets the same share of the batch, then each view sums
+    to 1 (in the end only this is exact). The constants of the usual form cancel. log_p: b k (any values) -> b k."""
     for _ in range(iterations):
         log_p = (log_p - batch_logsumexp(log_p, all_reduce)).log_softmax(dim=-1)
     return log_p
@@ -466,7 +466,7 @@ def power_law_prior(num_prototypes: int, exponent: float) -> Tensor:
     return (-exponent * torch.arange(1, num_prototypes + 1, dtype=torch.float64).log()).log_softmax(dim=0)
 
 class MSNLoss(NamedTuple):
-    """Scalars, entropies in nats, but for target_assignments. The last three tell a healthy from a collapsed run."""
+    """Scalars but for target_assignments; nats. Collapsed: top_assignment 1, 1 prototype used; or top = bottom = 1 / k."""
     loss: Tensor
     cross_entropy: Tensor
     memax: Tensor
@@ -481,7 +481,7 @@ def msn_loss(anchors: Tensor, targets: Tensor, prototypes: Tensor, *, temperatur
              entropy_weight: float = 0.0, label_smoothing: float = 0.0, log_prior: Tensor | None = None,
              all_reduce: AllReduce = one_process) -> MSNLoss:
     """The objective (1), its lambda being memax_weight, and its terms. anchors: (v b) e, view-major; targets: b e;
-    prototypes: k e. Gradients reach the anchors and, through the anchors' side only, the prototypes. Departure: in
+    prototypes: k e. Gradients reach the anchors and, on the anchors' side only, the prototypes. Departure: at least
     float32 even under autocast (the official code has no mixed precision). sinkhorn_iterations=0 leaves it out."""
     if len(anchors) % len(targets):
         raise ValueError(f"{len(anchors)} anchor rows are no whole number of views of {len(targets)} target rows.")
@@ -490,13 +490,13 @@ def msn_loss(anchors: Tensor, targets: Tensor, prototypes: Tensor, *, temperatur
         anchors, targets, prototypes = (x.to(working) for x in (anchors, targets, prototypes))
         log_p = smooth(log_assign(anchors, prototypes, temperature), label_smoothing)
         with torch.no_grad():
-            log_q = smooth(log_assign(targets, prototypes, temperature), label_smoothing)
-            q = sinkhorn(sharpen(log_q, sharpening), sinkhorn_iterations, all_reduce).exp()
-            used = (all_reduce(F.one_hot(q.argmax(dim=-1), q.shape[-1]).sum(dim=0), "sum") > 0).sum()
-        ce = cross_entropy(rearrange(log_p, "(v b) k -> v b k", b=len(targets)), q)
+            log_plus = smooth(log_assign(targets, prototypes, temperature), label_smoothing)
+            p_plus = sinkhorn(sharpen(log_plus, sharpening), sinkhorn_iterations, all_reduce).exp()
+            used = (all_reduce(F.one_hot(p_plus.argmax(dim=-1), p_plus.shape[-1]).sum(dim=0), "sum") > 0).sum()
+        ce = cross_entropy(rearrange(log_p, "(v b) k -> v b k", b=len(targets)), p_plus)
         memax, ent = me_max(log_p, log_prior, all_reduce), entropy(log_p)
         total = ce + memax_weight * memax + entropy_weight * ent
-        return MSNLoss(total, ce, memax, ent, q, used, q.amax(dim=-1).mean(), q.amin(dim=-1).mean())
+        return MSNLoss(total, ce, memax, ent, p_plus, used, p_plus.amax(dim=-1).mean(), p_plus.amin(dim=-1).mean())
 
 # ---- Pretraining: anchor encoder, target encoder and prototypes ------------------------------------------------------
 class ProjectionHead(nn.Sequential):
@@ -555,8 +555,8 @@ class ViTMSNForPreTraining(nn.Module):
             raise ValueError(f"{len(anchor_views)} anchor views and {len(keep)} entries of patches_to_keep: give at "
                              "least one view, and None or indices for each.")
         anchors = rearrange(self.anchor_encoder(anchor_views, keep), "v b e -> (v b) e")
-        # In the published procedure the target encoder, too, is in training mode: batch statistics, and running
-        # statistics of its own, which the moving average leaves alone. Only for this the module stays in train().
+        # As published, the target's head, too, takes its batch's own statistics, so keep the module in train(). Its
+        # running ones are its own: update_target skips buffers. The backbone has no batch norm, so features need none.
         with torch.no_grad():
             targets = self.target_encoder([target_view], [None])[0]
         options = self.loss_options if sharpening is None else {**self.loss_options, "sharpening": sharpening}

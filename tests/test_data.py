@@ -186,10 +186,11 @@ def test_files_that_vanish_during_a_run_are_an_error_in_words(tmp_path):
         files.__getitems__([0, 1])
 
 
-def test_an_image_bomb_is_unreadable(tmp_path, monkeypatch):
+@pytest.mark.parametrize("side", [11, 15])  # above Pillow's limit, where it warns, and above twice that
+def test_an_image_bomb_is_unreadable(side, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     tree(tmp_path, "1.png", "2.png", "3.png")
-    bomb = save(tmp_path / "bomb.png", np.zeros((15, 15), np.uint8))  # above twice the limit, where Pillow refuses
+    bomb = save(tmp_path / "bomb.png", np.zeros((side, side), np.uint8))
     files = ImageFiles([*(tmp_path / f"{i}.png" for i in (1, 2, 3)), bomb], 8, 0)
     batch = files.__getitems__([3])
     assert batch.unreadable == [str(bomb)] and batch.indices == [0]

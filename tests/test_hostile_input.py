@@ -27,8 +27,8 @@ from vitmsn import ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, read
 OWN_ROWS = [  # program, flags, exit status, what the line says; capitals stand for the paths of the fixture `places`
     ("train_msn", "--nonsense 1", 2, "--nonsense"), ("train_msn", "picture.jpg", 2, "picture.jpg"),
     ("train_msn", "--seed", 2, "expected one argument"), ("train_msn", "--recipe demu", 2, "demo, cifar10, imagenette"),
-    ("train_msn", "--image-size 30", 2, "30 pixels is no whole number of patches of 4"),
-    ("train_msn", "--focal-size 15", 2, "a view of 15"), ("train_msn", "--patch-size 64", 2, "patches of 64"),
+    ("train_msn", "--image-size 30", 2, "a view of 30 pixels is no whole patches; use a multiple of 4"),
+    ("train_msn", "--focal-size 15", 2, "a view of 15"), ("train_msn", "--patch-size 64", 2, "multiple of 64"),
     ("train_msn", "--random-views 0 --focal-views 0", 2, "at least one anchor view"),
     ("train_msn", "--num-attention-heads 5", 2, "num_attention_heads=5"),
     ("train_msn", "--mask-ratio 0.995", 2, "leaves none"), ("train_msn", "--crop-scale 0.8 0.2", 2, "crop_scale"),
