@@ -439,7 +439,7 @@ def batch_logsumexp(log_p: Tensor, all_reduce: AllReduce) -> Tensor:
     return peak + all_reduce((log_p - peak).exp().sum(dim=0), "sum").log()
 
 def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_process) -> Tensor:
-    """Sinkhorn normalisation (paper, Appendix A.1): each prototype gets the same share of the batch, then each view sums
+    """Sinkhorn balancing (paper, Appendix A.1): each prototype gets the same share of the batch, then each view sums
     to 1 (in the end only this is exact). The constants of the usual form cancel. log_p: b k (any values) -> b k."""
     for _ in range(iterations):
         log_p = (log_p - batch_logsumexp(log_p, all_reduce)).log_softmax(dim=-1)
@@ -466,7 +466,7 @@ def power_law_prior(num_prototypes: int, exponent: float) -> Tensor:
     return (-exponent * torch.arange(1, num_prototypes + 1, dtype=torch.float64).log()).log_softmax(dim=0)
 
 class MSNLoss(NamedTuple):
-    """Scalars but for target_assignments; nats. Collapsed: top_assignment 1, 1 prototype used; or top = bottom = 1 / k."""
+    """Scalars but target_assignments. Collapsed: top_assignment 1, 1 prototype used; or top = bottom = 1 / k."""
     loss: Tensor
     cross_entropy: Tensor
     memax: Tensor
