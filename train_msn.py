@@ -161,9 +161,9 @@ RECIPES = {
              "focal_scale": (0.15, 0.4), "knn_every": 2},
     "cifar10": {**SMALL, "data": "cifar10", "epochs": 100, "hidden_size": 192, "num_hidden_layers": 6,
                 "focal_views": 4, "warmup_epochs": 2.0, "knn_every": 5},
-    "imagenette": {**SMALL, "data": "imagenette", "epochs": 27, "image_size": 64, "patch_size": 8, "hidden_size": 128,
-                   "num_hidden_layers": 4, "num_attention_heads": 4, "lr": 2e-3, "focal_size": 32, "mask_ratio": 0.5,
-                   "focal_scale": (0.1, 0.4), "knn_every": 3}}
+    "imagenette": {**SMALL, "data": "imagenette", "epochs": 60, "image_size": 64, "patch_size": 8, "hidden_size": 128,
+                   "num_hidden_layers": 4, "num_attention_heads": 4, "focal_size": 32, "mask_ratio": 0.5,
+                   "focal_scale": (0.1, 0.4), "knn_every": 5}}
 for name, ratio, epochs in (("small-16", 0.15, 800), ("base-16", 0.3, 600), ("large-16", 0.5, 600),
                             ("base-8", 0.3, 600), ("base-4", 0.7, 300), ("large-7", 0.7, 200)):
     shape = zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"), PRESETS[name], strict=True)
