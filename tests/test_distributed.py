@@ -59,7 +59,7 @@ def test_a_batch_that_the_processes_cant_share_evenly_is_refused(pictures, tmp_p
 @pytest.mark.parametrize("restarts", [0, 3])
 def test_a_rank_that_dies_ends_the_job_or_under_max_restarts_goes_on_from_the_checkpoint(restarts, pictures, tmp_path):
     folder = tmp_path / "run"
-    process = start(*flags(pictures, folder, "--resume", "--epochs", "100000", "--max-steps", "300",
+    process = start(*flags(pictures, folder, "--resume", "--epochs", "100000", "--max-steps", "100",
                            "--checkpoint-every", "1"), processes=2, restarts=restarts)
     while not (folder / "checkpoint.pt").exists():
         time.sleep(0.1)
@@ -67,10 +67,10 @@ def test_a_rank_that_dies_ends_the_job_or_under_max_restarts_goes_on_from_the_ch
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     status, printed = finish(process)
-    went_on = re.search("[1-9][0-9]* of 300 steps are done", printed) is not None
+    went_on = re.search("[1-9][0-9]* of 100 steps are done", printed) is not None
     assert (status == 0, went_on, (folder / "summary.json").exists()) == (restarts > 0,) * 3
     steps = [line.split(",")[0] for line in (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()[1:]]
-    assert [int(step) for step in steps] == list(range(300 if restarts else len(steps)))
+    assert [int(step) for step in steps] == list(range(100 if restarts else len(steps)))
 
 
 @pytest.mark.slow
