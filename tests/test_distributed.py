@@ -68,7 +68,7 @@ def test_a_rank_that_dies_ends_the_job_or_under_max_restarts_goes_on_from_the_ch
     os.kill(int(workers[-1]), signal.SIGKILL)
     status, printed = finish(process)
     went_on = re.search("[1-9][0-9]* of 100 steps are done", printed) is not None
-    assert (status == 0, went_on, (folder / "summary.json").exists()) == (restarts > 0,) * 3
+    assert (status == 0, went_on, (folder / "summary.json").exists()) == (restarts > 0,) * 3, printed
     steps = [line.split(",")[0] for line in (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()[1:]]
     assert [int(step) for step in steps] == list(range(100 if restarts else len(steps)))
 
