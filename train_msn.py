@@ -585,8 +585,7 @@ def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepVal
 TIMEOUT = timedelta(minutes=20)  # how long processes wait for one another: the first one evaluates by itself
 
 class AllReduce(torch.autograd.Function):
-    """The reduction that vitmsn.msn_loss asks for: "sum" (with its gradient) or "max" (of a detached x).
-    Every process's loss depends on every process's x, so the gradients of a sum are summed alike."""
+    """Over all processes, for msn_loss: "sum", whose gradient is the sum of all, or "max" (of a detached x)."""
     @staticmethod
     def forward(ctx, x: Tensor, op: str) -> Tensor:
         x = x.contiguous().clone()
@@ -641,7 +640,10 @@ def start_processes(config: TrainConfig) -> Processes:
             raise UsageError(f"process {local} has no GPU ({gpus} are here); start fewer, or use --device cpu.")
         torch.cuda.set_device(local)
     if count > 1:
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=TIMEOUT)
+        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # When torchrun starts workers again, its store still holds the addresses of those that died.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     device = torch.device("cuda", local) if gpus else torch.device("cpu")
     return Processes(rank, count, device, all_processes if count > 1 else one_process)
 
@@ -822,8 +824,7 @@ def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
     config = make_config(given)
     if not config.resume and (folder / "config.json").exists():
         raise UsageError(f"{folder} holds a run; go on with it by --resume, or choose another --output-dir.")
-    content = load_checkpoint(folder) if config.resume else None
-    if content is None:
+    if not config.resume or (content := load_checkpoint(folder)) is None:
         return config, None
     saved = content["config"]
     for name, value in given.items():
@@ -928,7 +929,6 @@ class Record:
         print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def evaluation(self, step: int, epoch: float, accuracy: float) -> None:
-        """The target encoder's k-NN accuracy after an epoch."""
         print(step, epoch, accuracy, sep=",", file=self.knn)
         print(f"{chr(10) if self.live else ''}epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}", flush=True)
 
