@@ -22,7 +22,7 @@ from torch import Tensor
 
 from train_msn import (
     VIEWS, Batch, Processes, TrainConfig, UsageError, add_flags, build_model, choose_precision, crop_boxes, draw_views,
-    generator_for, make_config, make_optimizer, make_views, run_program, schedule_at, start_processes, train_step)
+    generator_for, make_config, make_views, parameter_groups, run_program, schedule_at, start_processes, train_step)
 from vitmsn import (
     PRESETS, ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, normalize, num_patches_to_keep, write_file)
 
@@ -126,13 +126,14 @@ def inference(args: argparse.Namespace) -> list[dict]:
 def views_case(config: TrainConfig, source: list[int], device: torch.device):
     """All views of a batch of decoded pictures of `source` = height, width."""
     sizes = torch.tensor([source] * config.batch_size)
-    return (lambda: Batch(torch.randint(0, 256, (len(sizes), 3, *source)).byte(), sizes, [], []),
+    return (lambda: Batch(torch.randint(0, 256, (len(sizes), *source, 3)).byte().permute(0, 3, 1, 2), sizes, [], []),
             lambda x: make_views(x._replace(images=x.images.to(device)), config, 0, slice(0, len(sizes))))
 
 def step_parts(config: TrainConfig, attn: str, source: list[int], device: torch.device) -> dict:
     """A whole pretraining step from decoded pictures, and its parts by themselves. attn: of the anchor encoder."""
     model, (pictures, views_of) = build_model(config, Processes(0, 1, device)), views_case(config, source, device)
-    optimizer, now = make_optimizer(model, config), schedule_at(config, 1, 100)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
+    now = schedule_at(config, 1, 100)
     model.anchor_encoder.set_attn_implementation(attn or model.anchor_encoder.config.attn_implementation)
 
     def step(batch: Batch) -> None:

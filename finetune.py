@@ -403,21 +403,16 @@ def train_and_save(config: FinetuneConfig) -> None:
     write_csv(folder / "accuracy.csv", ("class", "images", "accuracy"), rows)
     print("\n".join(f"{name:<20} {accuracy:7.1%} of {count}" for name, count, accuracy in rows) + f"\nsaved: {folder}")
 
-class Pictures(ImageFiles):
-    """Picture files of which some may be unreadable, and that may be few."""
-    def __init__(self, paths: list[Path], side: int):
-        self.paths, self.side, self.free_bytes, self.cache = paths, side, 2**28, {}
-
-def open_pictures(names: list[str], model: ViTMSNModel | Classifier) -> Pictures:
+def open_pictures(names: list[str], model: ViTMSNModel | Classifier) -> ImageFiles:
     """The readable ones among files and the pictures in folders; others are named and counted."""
     paths = [path for name in map(Path, names) for path in (image_paths(name) if name.is_dir() else [name])]
     side = 2 * model.config.image_size
-    if not (good := readable(Pictures(paths, side), list(range(len(paths))), set())):
+    if not (good := readable(ImageFiles(paths, side, 0, check=False), list(range(len(paths))), set())):
         raise UsageError(f"none of the {len(paths)} files is a readable image.")
     print(f"{len(good)} pictures, {len(paths) - len(good)} unreadable files skipped", file=sys.stderr)
-    return Pictures([paths[i] for i in good], side)
+    return ImageFiles([paths[i] for i in good], side, 2**28, check=False)
 
-def predict(config: FinetuneConfig, model: Classifier, pictures: Pictures) -> None:
+def predict(config: FinetuneConfig, model: Classifier, pictures: ImageFiles) -> None:
     """The likeliest classes of each picture."""
     rows, best = [], classify(model, pictures, list(range(len(pictures)))).sort(dim=-1, descending=True)
     for path, which, values in zip(pictures.paths, best.indices.tolist(), best.values.tolist(), strict=True):
@@ -428,7 +423,7 @@ def predict(config: FinetuneConfig, model: Classifier, pictures: Pictures) -> No
         write_csv(Path(config.csv), ("image", "place", "class", "probability"), rows)
 
 @torch.no_grad()
-def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> None:
+def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> None:
     """A sheet per picture: beside it, each head of the last layer, as bright as the class token looks there."""
     size, folder = model.config.image_size, Path(config.output_dir or "attention")
     folder.mkdir(parents=True, exist_ok=True)
@@ -442,7 +437,7 @@ def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) ->
         save_sheet(folder / f"{i:04d}-{path.stem}.png", [[picture, *lit]], names, cell=224)
     print(f"written: {len(pictures)} sheets in {folder}")
 
-def embed(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> None:
+def embed(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> None:
     """features.npz: features (n d, float32), paths, and classes: the names of the folders that the pictures lie in."""
     target, indices = Path(config.output or "features.npz"), list(range(len(pictures)))
     features, _ = embed_images(model, pictures, indices, model.config.image_size, model.cls_token.device)
@@ -450,13 +445,14 @@ def embed(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> Non
     write_file(target, lambda file: np.savez(file, features=features.numpy(), paths=paths, classes=classes))
     print(f"written: {target}, {len(features)} rows of {features.shape[1]} features")
 
-def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: Pictures) -> None:
+def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> None:
     """A sheet of evenly spaced queries, each with its nearest among the other pictures by cosine similarity."""
     if len(pictures) < 2:
         raise UsageError("neighbours takes two pictures or more.")
     target, step = Path(config.output or "neighbours.png"), max(2, math.ceil(len(pictures) / 8))
-    queries, others = pictures.paths[::step], [path for i, path in enumerate(pictures.paths) if i % step]
-    data = Images([], Pictures(others, pictures.side), None, Pictures(queries, pictures.side), None)
+    parts = [path for i, path in enumerate(pictures.paths) if i % step], pictures.paths[::step]
+    others, queries = (ImageFiles(paths, pictures.side, 2**28, check=False) for paths in parts)
+    data = Images([], others, None, queries, None)
     save_neighbours(target, model, data, model.config.image_size, model.cls_token.device)
     print(f"written: {target}")
 

@@ -39,7 +39,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitmsn import (
     IMAGENET_MEAN, IMAGENET_STD, PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNModel, from_original,
-    normalize, num_patches_to_keep, one_process, read_tensors, sample_patches_to_keep, to_original, to_rgb, write_file)
+    log_assign, normalize, num_patches_to_keep, one_process, read_tensors, sample_patches_to_keep, to_original, to_rgb,
+    write_file)
 
 # ---- Settings: one frozen dataclass, from which the command line is derived ------------------------------------------
 ORDER, VIEWS, MASKS, DROPOUT, IMAGES = range(5)  # streams of random numbers, for generator_for
@@ -113,6 +114,7 @@ class TrainConfig:
     device: str = opt("auto", "where to train", choices=("auto", "cpu", "cuda"))
     precision: str = opt("auto", "auto: bfloat16 where fast", choices=("auto", "float32", "bfloat16", "float64"))
     gradient_checkpointing: bool = opt(False, "keep less, compute more")
+    compile: bool = opt(False, "torch.compile both encoders: minutes of waiting, then faster steps")
     num_workers: int = opt(0, "processes that decode images", range=(0, 1000))
     cache_mb: int = opt(1024, "decoded images to keep in memory, MiB, train and val each", range=(0, 10**7))
     checkpoint_every: int = opt(500, "steps between checkpoints", range=(1, 10**9))
@@ -234,13 +236,12 @@ class ImagesInMemory(Dataset):
         return Batch(self.images[indices], sizes, indices, [])
 
 class ImageFiles(Dataset):
-    """Images read when asked for, the shorter side reduced to `side` pixels; decoded ones kept up to `cache_bytes`."""
-    def __init__(self, paths: list[Path], side: int, cache_bytes: int):
+    """Images read when asked for, the shorter side reduced to `side`. check: ValueError if most are unreadable."""
+    def __init__(self, paths: list[Path], side: int, cache_bytes: int, check: bool = True):
         self.paths, self.side, self.free_bytes, self.cache = paths, side, cache_bytes, {}
-        sample = range(0, len(paths), max(len(paths) // 32, 1))
-        readable = sum(self.read(i) is not None for i in sample)
-        if 2 * readable <= len(sample):
-            raise ValueError(f"of {len(sample)} files tried in {paths[0].parent}, only {readable} are readable images.")
+        tried = [self.read(i) is not None for i in range(0, len(paths) if check else 0, max(len(paths) // 32, 1))]
+        if 2 * sum(tried) <= len(tried) > 0:
+            raise ValueError(f"of {len(tried)} files tried in {paths[0].parent}, only {sum(tried)} are readable.")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -480,12 +481,12 @@ def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = pixels.split(1, dim=1)
     value, least = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
     chroma = value - least
-    scale = 1 / chroma.clamp(min=1e-8)
-    hue = torch.where(value == red, (green - blue).mul_(scale), torch.where(  # in sixths of the circle
-        value == green, (blue - red).mul_(scale).add_(2), (red - green).mul_(scale).add_(4))).add_(6 * shift)
-    hue -= 6 * (hue / 6).floor_()  # on a CPU faster than % 6
-    # Red is full within one sixth of 0 and nothing within one of 3; green and blue are full around 2 and 4.
-    centre, sign, height = hue.new_tensor([[3, 2, 4], [1, -1, -1], [-1, 2, 2]])[..., None, None]
+    scale = 1 / (6 * chroma).clamp_(min=1e-8)
+    hue = torch.where(value == red, (green - blue).mul_(scale), torch.where(  # in turns of the circle
+        value == green, (blue - red).mul_(scale).add_(1 / 3), (red - green).mul_(scale).add_(2 / 3))).add_(shift)
+    hue -= hue.floor()  # on a CPU faster than % 1
+    # Red is full within a sixth of 0 and nothing within a sixth of 1/2; green and blue are full around 1/3 and 2/3.
+    centre, sign, height = hue.new_tensor([[1 / 2, 1 / 3, 2 / 3], [6, -6, -6], [-1, 2, 2]])[..., None, None]
     return torch.addcmul(least, chroma, torch.addcmul(height, sign, (hue - centre).abs_()).clamp_(0, 1))
 
 COLOR_OPERATIONS = (  # brightness, contrast, saturation, hue, as torchvision and Pillow define them
@@ -672,6 +673,8 @@ def build_model(config: TrainConfig, processes: Processes) -> ViTMSNForPreTraini
     model.anchor_encoder.set_attn_implementation("eager" if slow else "sdpa")
     if config.gradient_checkpointing:
         model.anchor_encoder.gradient_checkpointing_enable()
+    for encoder in (model.anchor_encoder, model.target_encoder) if config.compile else ():
+        encoder.compile()
     for module in model.modules():
         if processes.count > 1 and isinstance(module, nn.BatchNorm1d):
             module.__class__ = GlobalBatchNorm1d
@@ -683,10 +686,6 @@ def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[d
     return [{"params": [p for p in encoder if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in encoder if p.ndim < 2], "weight_decay": 0.0},
             {"params": [model.prototypes], "weight_decay": 0.0}]
-
-def make_optimizer(model: ViTMSNForPreTraining, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in one fused kernel per group: it reads and writes each parameter once."""
-    return torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: Tensor, anchor_views: list[Tensor],
                patches_to_keep: list[Tensor | None], now: StepValues, clip_grad: float,
@@ -732,6 +731,10 @@ def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int
     module.train(training)
     return torch.cat(features), kept
 
+def spread(images: Dataset, count: int) -> list[int]:
+    """Indices of at most `count` images, evenly spaced."""
+    return torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
+
 def knn_predict(bank: Tensor, bank_labels: Tensor, features: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
     """Class of each row by its k nearest rows in the bank: cosine similarity, votes weighted by exp(similarity / T).
     bank: n d, bank_labels: n, features: m d -> m."""
@@ -747,8 +750,7 @@ def knn_predict(bank: Tensor, bank_labels: Tensor, features: Tensor, k: int = 20
 
 def knn_accuracy(encoder: ViTMSNModel | None, data: Images, config: TrainConfig, device: torch.device) -> float:
     """Share of validation images that k-NN on 20,000 training images gets right. encoder None: raw pixels."""
-    bank = torch.linspace(0, len(data.train) - 1, min(20000, len(data.train))).long().tolist()
-    train, train_kept = embed_images(encoder, data.train, bank, config.image_size, device)
+    train, train_kept = embed_images(encoder, data.train, spread(data.train, 20000), config.image_size, device)
     val, val_kept = embed_images(encoder, data.val, list(range(len(data.val))), config.image_size, device)
     predicted = knn_predict(train, data.train_labels[train_kept], val)
     return (predicted == data.val_labels[val_kept]).float().mean().item()
@@ -864,18 +866,24 @@ def save_views(path: Path, views: list[Tensor], keep: list[Tensor | None], confi
              for view, mask in zip(views, [None, *keep], strict=True)] for b in range(min(6, len(views[0])))]
     save_sheet(path, rows, ["target view", *(f"anchor {i}" for i in range(1, len(views)))])
 
-def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, size: int, device: torch.device) -> None:
-    """A sheet of validation images, each with its nearest training images by cosine similarity."""
-    queries, parts = data.val or data.train, []
-    for images, count in ((queries, 8), (data.train, 2000)):
-        which = torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
-        parts += embed_images(encoder, images, which, size, device)
-    query, query_kept, train, train_kept = parts
-    nearest = (F.normalize(query, dim=-1) @ F.normalize(train, dim=-1).T).topk(min(7, len(train)), dim=-1).indices
-    rows = [[(queries, q), *((data.train, train_kept[j]) for j in near)]
-            for q, near in zip(query_kept, nearest.tolist(), strict=True)]
+@torch.no_grad()
+def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, size: int, device: torch.device,
+                    prototypes: Tensor | None = None) -> None:
+    """A sheet: the training images nearest to some validation images or, given prototypes (k e), to the most chosen."""
+    features, kept = embed_images(encoder, data.train, spread(data.train, 2000), size, device)
+    if prototypes is None:
+        asked = data.val or data.train
+        queries, own = embed_images(encoder, asked, spread(asked, 8), size, device)
+        first = [[(asked, i)] for i in own]
+    else:
+        features = encoder.fc(encoder.norm(features.to(device)))
+        choices = log_assign(features, prototypes, 1.0).argmax(dim=-1).bincount(minlength=len(prototypes))
+        queries = prototypes[choices.topk(min(8, len(choices))).indices]
+        first = [[]] * len(queries)
+    nearest = (F.normalize(queries, dim=-1) @ F.normalize(features, dim=-1).T).topk(min(7, len(kept)), dim=-1).indices
+    rows = [own + [(data.train, kept[j]) for j in near] for own, near in zip(first, nearest.tolist(), strict=True)]
     rows = [[images.__getitems__([i]).images[0].permute(1, 2, 0).numpy() for images, i in row] for row in rows]
-    save_sheet(path, rows, ["query", *(f"nearest {i + 1}" for i in range(nearest.shape[1]))])
+    save_sheet(path, rows, ["query"] * len(first[0]) + [f"nearest {i + 1}" for i in range(nearest.shape[1])])
 
 def save_plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: bool = False) -> None:
     """Line plots side by side: panel title -> series name -> points (x, y)."""
@@ -954,14 +962,16 @@ def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: 
         "prototypes in use": {"prototypes_used": curve(metrics, "prototypes_used")},
         "k-NN accuracy": {"target encoder": curve(knn, "accuracy")}})
     summary = {"step": step, "minutes": round(elapsed / 60, 2)}
+    alone = build_model(replace(config, init_from=""), Processes(0, 1, device))  # no other process takes part in it
     if data.val is not None:
-        untrained = build_model(replace(config, init_from=""), Processes(0, 1, device)).target_encoder
-        for name, candidate in (("target encoder", model.target_encoder), ("untrained encoder", untrained),
+        for name, candidate in (("target encoder", model.target_encoder), ("untrained encoder", alone.target_encoder),
                                 ("raw pixels", None)):
             summary[name] = round(knn_accuracy(candidate, data, config, device), 4)
             print(f"k-NN accuracy, {name + ':':<19} {summary[name]:.3f}", flush=True)
+    alone.load_state_dict(model.state_dict())
+    save_neighbours(folder / "prototypes.png", alone.target_encoder, data, config.image_size, device, alone.prototypes)
     write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
-    print(f"done in {summary['minutes']} minutes: {folder}/encoder, curves.png, neighbours.png, views.png", flush=True)
+    print(f"done in {summary['minutes']} minutes: {folder}/encoder, pictures *.png", flush=True)
 
 def train(config: TrainConfig, data: Images, folder: Path, content: dict | None, processes: Processes) -> None:
     """The whole run: set up, loop, finish. content: the checkpoint from which it goes on, or None."""
@@ -973,7 +983,7 @@ def train(config: TrainConfig, data: Images, folder: Path, content: dict | None,
         print(f"{folder} is finished ({first_step} steps); nothing to do", flush=True)
         return
     network = build_model(config, processes)
-    optimizer = make_optimizer(network, config)
+    optimizer = torch.optim.AdamW(parameter_groups(network, config.weight_decay), fused=True)  # rates: in train_step
     if content:
         restore(content, network, optimizer)
     msn = nn.parallel.DistributedDataParallel(network) if processes.count > 1 else network

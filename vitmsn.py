@@ -214,11 +214,6 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     height, width = images.shape[-2] // p * p, images.shape[-1] // p * p
     return rearrange(images[..., :height, :width], "b c (gh p1) (gw p2) -> b (gh gw) (c p1 p2)", p1=p, p2=p)
 
-def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of patchify. patches: b (gh gw) (c p p) -> b c height width."""
-    p = patch_size
-    return rearrange(patches, "b (gh gw) (c p1 p2) -> b c (gh p1) (gw p2)", gh=grid[0], gw=grid[1], p1=p, p2=p)
-
 def num_patches_to_keep(num_patches: int, mask_ratio: float) -> int:
     """floor(n (1 - ratio)), in decimals: 25 patches at 0.8 keep 5, not 4. Raises ValueError if none would be left."""
     kept = math.floor(num_patches * (1 - Fraction(str(mask_ratio)))) if 0 <= mask_ratio < 1 else 0
@@ -538,8 +533,6 @@ class ViTMSNForPreTraining(nn.Module):
     def __init__(self, config: ViTMSNConfig, hidden_dim: int = 2048, output_dim: int = 256, num_prototypes: int = 1024,
                  *, prior_exponent: float = 0.0, **loss_options):
         super().__init__()
-        if unknown := loss_options.keys() - msn_loss.__kwdefaults__.keys():
-            raise TypeError(f"msn_loss has no option {min(unknown)!r}.")
         self.config, self.prior_exponent, self.loss_options = config, prior_exponent, loss_options
         bound = output_dim**-0.5
         self.anchor_encoder = MSNEncoder(config, hidden_dim, output_dim)
@@ -763,7 +756,7 @@ def normalize(pixels: Tensor) -> Tensor:
     mean, std = pixels.new_tensor(IMAGENET_MEAN), pixels.new_tensor(IMAGENET_STD)
     if pixels.shape[-3] != 3:  # a grey image gets the mean of the three
         mean, std = mean.mean(), std.mean()
-    return (pixels - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
+    return torch.addcmul((-mean / std).reshape(-1, 1, 1), pixels, (1 / std).reshape(-1, 1, 1))
 
 def preprocess(images, config: ViTMSNConfig, protocol: str = "squash") -> Tensor:
     """PIL images (one or a list) -> b c image_size image_size: bilinear, ImageNet mean and deviation. "squash" (the

@@ -162,7 +162,7 @@ def build():
     config = make_config({"image_size": 8, "patch_size": 4, "focal_size": 4, "hidden_size": 8, "num_hidden_layers": 1,
                           "num_attention_heads": 1, "head_hidden_size": 6, "output_dim": 4, "num_prototypes": 3})
     model = train_msn.build_model(config, train_msn.Processes(0, 1, torch.device("cpu")))
-    return config, model, train_msn.make_optimizer(model, config)
+    return config, model, torch.optim.AdamW(train_msn.parameter_groups(model, config.weight_decay), fused=True)
 
 
 @pytest.fixture(scope="module")

@@ -198,3 +198,16 @@ def test_fifty_kills_at_random_moments(pictures, whole, tmp_path):
     status, printed = finish(start(*arguments, "--resume"), 300)
     assert status == 0, printed
     assert_same_result(tmp_path / "calm", folder)
+
+
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_run_is_the_same_run_to_rounding(compiler, pictures, whole, tmp_path, monkeypatch):
+    compile_, compiled = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda module: compiled.append(module) or compile_(module, backend=compiler))
+    assert run_here(*flags(pictures, tmp_path / "run", "--compile")) == 0
+    assert [type(module) for module in compiled[:2]] == [vitmsn.MSNEncoder] * 2
+    for name in ("loss", "grad_norm"):
+        ours, theirs = (torch.tensor([float(row[name]) for row in train_msn.read_table(folder / "metrics.csv")])
+                        for folder in (tmp_path / "run", whole))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

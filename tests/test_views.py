@@ -280,7 +280,7 @@ def test_weight_decay_that_starts_at_0_rises_all_the_same():
     config = make_config({"weight_decay": 0.0, "final_weight_decay": 0.4, "batch_size": 4, "hidden_size": 12,
                           "num_hidden_layers": 1, "head_hidden_size": 8, "output_dim": 4, "num_prototypes": 4})
     model = train_msn.build_model(config, train_msn.Processes(0, 1, torch.device("cpu")))
-    optimizer, decays = train_msn.make_optimizer(model, config), []
+    optimizer, decays = torch.optim.AdamW(train_msn.parameter_groups(model, config.weight_decay), fused=True), []
     for step in range(3):
         views, keep = make_views(rows_of(BATCH, slice(0, 4)), config, step, slice(0, 4))
         train_msn.train_step(model, optimizer, views[0], views[1:], keep, schedule_at(config, step, 3), 3.0)
@@ -318,3 +318,33 @@ def test_knn_accuracy_takes_the_settings_training_images_and_is_1_on_them():
     data = train_msn.Images(list("abcdefghij"), images, torch.arange(10), images, torch.arange(10))
     config = make_config({"image_size": 8, "focal_size": 8})
     assert train_msn.knn_accuracy(None, data, config, torch.device("cpu")) == 1.0
+
+
+@pytest.mark.parametrize("of_prototypes", [False, True])
+def test_a_sheet_of_neighbours_shows_what_a_plain_loop_finds(of_prototypes, tmp_path, monkeypatch):
+    config = make_config({"image_size": 8, "focal_size": 8, "hidden_size": 12, "num_hidden_layers": 1,
+                          "head_hidden_size": 8, "output_dim": 4, "num_prototypes": 9})
+    model, sheets = train_msn.build_model(config, train_msn.Processes(0, 1, torch.device("cpu"))), []
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8), np.uint8)
+    images = train_msn.ImagesInMemory(torch.from_numpy(pixels))
+    data = train_msn.Images(list("abcdefghij"), images, None, train_msn.ImagesInMemory(images.images.flip(0)[:5]), None)
+    monkeypatch.setattr(train_msn, "save_sheet", lambda path, rows, header: sheets.append((rows, header)))
+    encoder = model.target_encoder
+    train_msn.save_neighbours(tmp_path / "a.png", encoder, data, 8, torch.device("cpu"),
+                              model.prototypes if of_prototypes else None)
+    (rows, header), = sheets
+    features = encoder.eval().class_token(train_msn.normalize(images.images / 255))
+    shown = [[[(i == torch.from_numpy(p).permute(2, 0, 1)).all().item() for i in images.images].index(True)
+              for p in row] for row in rows]
+    if of_prototypes:
+        features = encoder.train().fc(encoder.norm(features))
+        similarity = torch.cosine_similarity(model.prototypes[:, None], features, dim=-1)
+        votes = similarity.argmax(dim=0).bincount(minlength=9)
+        assert header == [f"nearest {i}" for i in range(1, 8)] and len(shown) == 8
+        rows_of = [similarity.argsort(dim=1, descending=True)[c, :7].tolist() for c in range(9)]
+        chosen = [rows_of.index(row) for row in shown]
+        assert votes[chosen].tolist() == votes.sort(descending=True).values[:8].tolist()
+    else:
+        similarity = torch.cosine_similarity(features[:, None], features, dim=-1)
+        assert header[:2] == ["query", "nearest 1"] and [row[0] for row in shown] == [59, 58, 57, 56, 55]
+        assert [row[1:] for row in shown] == similarity[55:].flip(0).argsort(dim=1, descending=True)[:, :7].tolist()
