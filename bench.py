@@ -126,11 +126,11 @@ def inference(args: argparse.Namespace) -> list[dict]:
 def views_case(config: TrainConfig, source: list[int], device: torch.device):
     """All views of a batch of decoded pictures of `source` = height, width."""
     sizes = torch.tensor([source] * config.batch_size)
-    return (lambda: Batch(torch.randint(0, 256, (len(sizes), *source, 3)).byte().permute(0, 3, 1, 2), sizes, [], []),
+    return (lambda: Batch(torch.randint(256, (len(sizes), *source, 3), dtype=torch.uint8).movedim(3, 1), sizes, [], []),
             lambda x: make_views(x._replace(images=x.images.to(device)), config, 0, slice(0, len(sizes))))
 
-def step_parts(config: TrainConfig, attn: str, source: list[int], device: torch.device) -> dict:
-    """A whole pretraining step from decoded pictures, and its parts by themselves. attn: of the anchor encoder."""
+def step_parts(part: str, config: TrainConfig, attn: str, source: list[int], device: torch.device):
+    """One part of a pretraining step from decoded pictures, or ("") all by name. attn: of the anchor encoder."""
     model, (pictures, views_of) = build_model(config, Processes(0, 1, device)), views_case(config, source, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
     now = schedule_at(config, 1, 100)
@@ -145,14 +145,11 @@ def step_parts(config: TrainConfig, attn: str, source: list[int], device: torch.
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             return model(target, anchors, keep, now.sharpening).loss
 
-    return {"step": (pictures, step), "views": (pictures, views_of), "forward": (lambda: views_of(pictures()), forward),
+    case = {"step": (pictures, step), "views": (pictures, views_of), "forward": (lambda: views_of(pictures()), forward),
             "backward": (lambda: forward(views_of(pictures())), Tensor.backward),
             "optimizer": (lambda: None, lambda _: optimizer.step()),
             "EMA": (lambda: None, lambda _: model.update_target(now.momentum))}
-
-def step_case(*description):
-    """Only the whole step."""
-    return step_parts(*description)["step"]
+    return case[part] if part else case
 
 def train(args: argparse.Namespace) -> list[dict]:
     """A row for each attention path and each value of what varies: a mask ratio, a size, a number."""
@@ -164,14 +161,14 @@ def train(args: argparse.Namespace) -> list[dict]:
                          for field in ("image_size", "num_prototypes", "focal_views")}}[args.suite]
     for field, values in series.items():
         configs = {value: replace(base, **{field: value}) for value in values}
-        cases = {(attn, value): (step_case, config, attn, args.source_size, args.device)
+        cases = {(attn, value): (step_parts, "step", config, attn, args.source_size, args.device)
                  for attn in args.attn for value, config in configs.items()}
         for (attn, value), result in measure(cases, args, args.memory).items():
             flops, seconds = step_flops(configs[value]), result["median"]
             rows.append({"attention": attn or "as trained", field: value, "step": result, "GFLOP": flops / 1e9,
                          "images/s": base.batch_size / seconds, "of peak": flops / seconds / peak})
             if args.suite == "train":
-                parts = step_parts(*cases[attn, value][1:])
+                parts = step_parts("", *cases[attn, value][2:])
                 times = measure({part: (parts.get, part) for part in parts}, args, memory=False)
                 rows[-1] |= {part: times[part]["median"] / times["step"]["median"] for part in list(parts)[1:]}
     return rows

@@ -78,8 +78,8 @@ class FinetuneConfig:
             check_range(f, getattr(self, f.name))
             if "numbers" in f.metadata:
                 self.listed(f.name)  # raises UsageError
-        if not self.listed("seeds"):
-            raise UsageError("seeds is empty: give at least one seed.")
+        if not (self.listed("seeds") and self.listed("methods")):
+            raise UsageError("seeds or methods is empty: give at least one of each.")
         if unknown := set(self.listed("methods")) - set(METHODS):
             raise UsageError(f"methods: {', '.join(sorted(unknown))} is not known; use {', '.join(METHODS)}.")
 
@@ -311,7 +311,7 @@ class Experiment:
 def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> None:
     """Print the table, method by method; table.csv and table.png grow with it."""
     config, truth, classes, rows = experiment.config, val_labels[experiment.val], len(experiment.data.classes), []
-    print(f"\naccuracy in % on {len(truth)} validation images, mean ± standard deviation over the draws; "
+    print(f"\naccuracy in % on {len(truth)} validation images, mean ± standard deviation over the draws; at least "
           f"{config.steps} updates in trained cells\n{'':<10}" + "".join(f"{name:>13}" for name in experiment.columns))
     for method in config.listed("methods"):
         cells = dict.fromkeys(experiment.columns, "-")
@@ -373,6 +373,8 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     columns, tuning = draw_columns(config, data, seen)
     val = torch.randperm(len(data.val), generator=generator_for(0, 2))[:config.val_images or None].sort().values
     val = readable(data.val, val.tolist(), seen)
+    if not all([val, *(drawn for draws in columns.values() for drawn in draws)]):
+        raise UsageError("no readable validation image is left, or none of a label list.")
     print(f"{config.checkpoint}: {len(data.train)} training images of {len(data.classes)} classes, {len(val)} of "
           f"{len(data.val)} validation images; {len(seen)} can't be read", flush=True)
     torch.manual_seed(0)  # the untrained encoder is as pretraining starts it, the same in all cells
@@ -446,7 +448,7 @@ def embed(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> N
     print(f"written: {target}, {len(features)} rows of {features.shape[1]} features")
 
 def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> None:
-    """A sheet of evenly spaced queries, each with its nearest among the other pictures by cosine similarity."""
+    """A sheet of evenly spaced queries, each with the nearest of (at most 2,000) other pictures."""
     if len(pictures) < 2:
         raise UsageError("neighbours takes two pictures or more.")
     target, step = Path(config.output or "neighbours.png"), max(2, math.ceil(len(pictures) / 8))
@@ -479,7 +481,7 @@ def main(argv: list[str]) -> None:
         model = load_model(config, classifier=command == "predict")
         return run(config, model, open_pictures(images, model))
     if command == "train":
-        few = given.get("labels_per_class") or given.get("label_list")
+        few = given.get("labels_per_class") or given.get("label_list") or given.get("fraction", "1") != "1"
         given = TRAIN | ({"fraction": ""} if few else {"crop_scale": (0.3, 1.0), "drop_path_rate": 0.1}) | given
         return train_and_save(FinetuneConfig(**given))
     return make_table(FinetuneConfig(**given))

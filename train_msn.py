@@ -55,7 +55,7 @@ def opt(default, text: str, **limits):
 @dataclass(frozen=True)
 class TrainConfig:
     """All settings of a run. Defaults are the published ViT-S/16 recipe (Appendix A.1) where it names a value."""
-    recipe: str = opt("demo", "named settings, which the other flags change")
+    recipe: str = opt("demo", "named settings: they replace the defaults below, other flags replace them")
     data: str = opt("synthetic", "synthetic, cifar10, or a folder of images (train/CLASS/*, val/CLASS/*, or any tree)")
     data_dir: str = opt("data", "where cifar-10-batches-py lies or is downloaded to")
     output_dir: str = opt("", "the run's folder; by default runs/<recipe>-001 or the next free number")
@@ -153,7 +153,7 @@ def check_range(f, value) -> None:
         if not all(low <= v <= high for v in values) or values[0] > values[-1]:
             raise UsageError(f"{seen} is out of range; use {low} to {high}{', the lower one first' if pair else ''}.")
 
-SMALL = {  # what serves small images and short runs; the README's table of experiments says how it was found
+SMALL = {  # what serves small images and short runs; the README's tables of experiments say how it was found
     "image_size": 32, "patch_size": 4, "num_attention_heads": 3, "head_hidden_size": 512, "output_dim": 128,
     "num_prototypes": 128, "focal_views": 2, "focal_size": 16, "blur": 0.0, "batch_size": 64, "warmup_epochs": 1.0,
     "final_weight_decay": 0.1, "momentum": 0.9, "schedule_stretch": 1.0}
@@ -236,7 +236,7 @@ class ImagesInMemory(Dataset):
         return Batch(self.images[indices], sizes, indices, [])
 
 class ImageFiles(Dataset):
-    """Images read when asked for, the shorter side reduced to `side`. check: ValueError if most are unreadable."""
+    """Images read when asked for, the shorter side reduced to `side`. check: ValueError if half are unreadable."""
     def __init__(self, paths: list[Path], side: int, cache_bytes: int, check: bool = True):
         self.paths, self.side, self.free_bytes, self.cache = paths, side, cache_bytes, {}
         tried = [self.read(i) is not None for i in range(0, len(paths) if check else 0, max(len(paths) // 32, 1))]
@@ -869,14 +869,14 @@ def save_views(path: Path, views: list[Tensor], keep: list[Tensor | None], confi
 @torch.no_grad()
 def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, size: int, device: torch.device,
                     prototypes: Tensor | None = None) -> None:
-    """A sheet: the training images nearest to some validation images or, given prototypes (k e), to the most chosen."""
+    """A sheet: the training images nearest to validation images (if any) or, given prototypes (k e), to those."""
     features, kept = embed_images(encoder, data.train, spread(data.train, 2000), size, device)
     if prototypes is None:
         asked = data.val or data.train
         queries, own = embed_images(encoder, asked, spread(asked, 8), size, device)
         first = [[(asked, i)] for i in own]
     else:
-        features = encoder.fc(encoder.norm(features.to(device)))
+        features = encoder.fc(encoder.norm(features.to(prototypes)))
         choices = log_assign(features, prototypes, 1.0).argmax(dim=-1).bincount(minlength=len(prototypes))
         queries = prototypes[choices.topk(min(8, len(choices))).indices]
         first = [[]] * len(queries)
@@ -909,7 +909,7 @@ def save_plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]
     write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
 
 def curve(table: list[dict[str, str]], column: str) -> list[tuple[int, float]]:
-    """At most some 300 points of a table's column against the step."""
+    """At most some 600 points of a table's column against the step."""
     return [(int(row["step"]), float(row[column])) for row in table[::max(1, len(table) // 300)]]
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -934,7 +934,7 @@ class Record:
         line = (f"step {done}/{self.last}  epoch {epoch:.1f}  loss {terms[0]:.3f}  cross-entropy {terms[1]:.3f}  "
                 f"me-max {terms[2]:.3f}  prototypes {used}  lr {now.lr:.1e}  {self.batch_size / pace:.0f} images/s  "
                 f"{timedelta(seconds=round(pace * (self.last - done)))} left")
-        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+        print(f"\r\033[K{line}" if self.live else line, end="" if self.live and done < self.last else "\n", flush=True)
 
     def evaluation(self, step: int, epoch: float, accuracy: float) -> None:
         print(step, epoch, accuracy, sep=",", file=self.knn)
@@ -978,11 +978,11 @@ def train(config: TrainConfig, data: Images, folder: Path, content: dict | None,
     share, steps_per_epoch = config.batch_size // processes.count, len(data.train) // config.batch_size
     rows = slice(processes.rank * share, (processes.rank + 1) * share)  # of the global batch
     chief, first_step = processes.rank == 0, content["step"] if content else 0
-    last_step = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+    last_step = max(first_step, min(config.epochs * steps_per_epoch, config.max_steps or math.inf))
     if content and first_step >= last_step and (folder / "summary.json").exists():
         print(f"{folder} is finished ({first_step} steps); nothing to do", flush=True)
         return
-    network = build_model(config, processes)
+    network = build_model(replace(config, init_from="") if content else config, processes)
     optimizer = torch.optim.AdamW(parameter_groups(network, config.weight_decay), fused=True)  # rates: in train_step
     if content:
         restore(content, network, optimizer)
@@ -1030,12 +1030,13 @@ def main(argv: list[str]) -> None:
     add_flags(parser, TrainConfig)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
     config = make_config(given)
-    processes, folder = start_processes(config), Path(config.output_dir)
+    folder = Path(config.output_dir)
     if not config.output_dir:  # the newest of this recipe (--resume) or the next free number
         numbers = [p.name.removeprefix(f"{config.recipe}-") for p in Path("runs").glob(f"{config.recipe}-*")]
         last = max((int(n) for n in numbers if n.isdecimal()), default=0)
         folder = Path("runs") / f"{config.recipe}-{max(last, 1) if config.resume else last + 1:03d}"
     config, content = settle(given, folder)
+    processes = start_processes(config)
     config = replace(config, precision=choose_precision(config.precision, processes.device))
     data = open_data(config)
     if len(data.train) < config.batch_size:

@@ -385,7 +385,7 @@ def classification_loss(logits: Tensor, labels: Tensor, config: ViTMSNConfig) ->
     if config.problem_type == "regression":
         return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
     if config.problem_type == "single_label_classification":
-        return F.cross_entropy(logits, labels.view(-1))
+        return F.cross_entropy(logits, labels.view(-1).long())
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 class ViTMSNForImageClassification(PretrainedMixin, nn.Module):

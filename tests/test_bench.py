@@ -90,7 +90,7 @@ def test_forward_flops_are_those_torch_counts(model_class):
 
 def test_step_flops_are_those_torch_counts_in_all_but_views_and_fused_attention():
     config = replace(make_config({"batch_size": 4}), precision="float32", mask_ratio=0.5)
-    parts = bench.step_parts(config, "eager", [32, 32], torch.device("cpu"))
+    parts = bench.step_parts("", config, "eager", [32, 32], torch.device("cpu"))
     counters = {name: FlopCounterMode(display=False) for name in ("step", "views")}
     for name, counter in counters.items():
         new_input, part = parts[name]

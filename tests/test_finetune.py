@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -325,7 +326,8 @@ BAD = [
     (("--labels-per-class", "9"), "has 8 images to draw from, fewer than the 9"),
     (("--labels-per-class", "two"), "must be numbers"), (("--labels-per-class", "0"), "out of range"),
     (("--methods", "probe,magic"), "magic is not known"), (("--fraction", "1.5"), "out of range"),
-    (("--seeds", "much"), "must be numbers"), (("--l2", "0"), "out of range"), (("--seeds", ""), "at least one seed"),
+    (("--seeds", "much"), "must be numbers"), (("--l2", "0"), "out of range"),
+    (("--seeds", ""), "at least one of each"), (("--methods", ""), "at least one of each"),
     (("--image-size", "20"), "no whole number of this checkpoint's patches of 8"),
     (("--checkpoint", "nowhere"), "neither a file nor a folder"), (("--data", "nowhere"), "no folder"),
     (("--label-list", "nowhere.txt"), "can't be read"), (("train", "--labels-per-class", "1,2"), "one labelled set"),
@@ -368,6 +370,26 @@ def test_other_bad_input_says_what_to_do(world, capsys, monkeypatch, tmp_path):
         assert run_program(finetune.main, [str(a) for a in arguments]) == status, arguments
         err = capsys.readouterr().err
         assert message in err.splitlines()[-1], (arguments, err)
+
+
+def test_a_label_list_of_damaged_images_only_is_refused(world, capsys, monkeypatch, tmp_path):
+    shutil.copytree(world / "data", tmp_path / "data")
+    damaged = sorted((tmp_path / "data" / "train" / CLASSES[0]).iterdir())[0]
+    damaged.write_bytes(b"")
+    (tmp_path / "list.txt").write_text(damaged.name, encoding="utf-8")
+    flags = ("--checkpoint", world / "encoder", "--data", tmp_path / "data", "--label-list", tmp_path / "list.txt")
+    assert run_program(finetune.main, [str(flag) for flag in flags]) == 2
+    assert "none of a label list" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("flags", "all_labels"), [
+    ((), True), (("--fraction", "1"), True), (("--fraction", "0.5"), False), (("--labels-per-class", "2"), False)])
+def test_train_augments_strongly_only_with_all_labels(flags, all_labels, monkeypatch):
+    configs = []
+    monkeypatch.setattr(finetune, "train_and_save", configs.append)
+    finetune.main(["train", *flags])
+    assert configs[0].crop_scale == ((0.3, 1.0) if all_labels else (0.8, 1.0))
+    assert configs[0].drop_path_rate == (0.1 if all_labels else 0.0)
 
 
 def test_transformers_loads_the_classifier_and_agrees(world):

@@ -31,6 +31,8 @@ def place(tmp_path_factory):
     Image.new("RGB", (40, 30), "red").save(place / "photo.jpg")
     content = vitmsn.read_tensors(place / "runs" / "demo-001" / "checkpoint.pt")
     torch.save(content, place / "vits16_800ep.pth.tar")
+    vitmsn.ViTMSNForImageClassification(vitmsn.ViTMSNConfig.from_pretrained(
+        place / "runs" / "demo-001" / "encoder")).save_pretrained(place / "runs" / "demo-001" / "classifier")
     return place
 
 

@@ -206,8 +206,42 @@ def test_a_compiled_run_is_the_same_run_to_rounding(compiler, pictures, whole, t
     monkeypatch.setattr(torch.nn.Module, "compile",
                         lambda module: compiled.append(module) or compile_(module, backend=compiler))
     assert run_here(*flags(pictures, tmp_path / "run", "--compile")) == 0
-    assert [type(module) for module in compiled[:2]] == [vitmsn.MSNEncoder] * 2
+    assert [next(module.parameters()).requires_grad for module in compiled[:2]] == [True, False]  # anchor, target
     for name in ("loss", "grad_norm"):
         ours, theirs = (torch.tensor([float(row[name]) for row in train_msn.read_table(folder / "metrics.csv")])
                         for folder in (tmp_path / "run", whole))
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_the_sheet_of_prototypes_is_of_those_that_were_trained(pictures, whole, tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(train_msn, "save_neighbours", lambda path, encoder, *rest: sheets.append((encoder, *rest)))
+    assert run_here(*flags(pictures, tmp_path / "run", "--checkpoint-every", "3")) == 0
+    saved = vitmsn.read_tensors(whole / "checkpoint.pt")
+    assert sheets[1][-1].equal(saved["prototypes"])
+    assert sheets[1][0].fc.fc3.weight.equal(saved["target_encoder"]["fc.fc3.weight"])
+
+
+def test_what_is_resumed_is_checked_by_its_own_settings(whole, monkeypatch):
+    seen = []
+
+    def processes(config):
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_msn, "start_processes", processes)
+    run_here("--resume", "--output-dir", whole)
+    assert seen[0].batch_size == 6 and seen[0].device == "cpu"  # not the demo's 64 and auto
+
+
+def test_a_run_goes_on_where_it_was_whatever_became_of_its_start_and_end(pictures, tmp_path, capsys):
+    start_from, folder = tmp_path / "start", tmp_path / "run"
+    assert run_here(*flags(pictures, start_from, "--max-steps", "1")) == 0
+    assert run_here(*flags(pictures, folder, "--init-from", start_from, "--max-steps", "4")) == 0
+    start_from.rename(tmp_path / "gone")
+    (folder / "summary.json").unlink()
+    capsys.readouterr()
+    assert run_here("--resume", "--output-dir", folder, "--max-steps", "2") == 0  # it has 4 behind it already
+    assert '"step": 4' in (folder / "summary.json").read_text()
+    printed = capsys.readouterr()
+    assert "4 of 4 steps are done" in printed.out and "starting from" not in printed.out
