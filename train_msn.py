@@ -602,15 +602,15 @@ all_processes = AllReduce.apply
 class GlobalBatchNorm1d(nn.BatchNorm1d):
     """Batch norm, always of the batch of all processes: for training only (torch's own refuses the CPU). x: rows d."""
     def forward(self, x: Tensor) -> Tensor:
-        working = x.to(self.weight.dtype)
+        shifted = x.to(self.weight.dtype) - self.running_mean  # near its mean, so that one reduction is exact enough
         count = len(x) * dist.get_world_size()
-        mean = all_processes(working.sum(dim=0), "sum") / count
-        variance = all_processes((working - mean).square().sum(dim=0), "sum") / count
+        mean, square = all_processes(torch.stack([shifted.sum(dim=0), shifted.square().sum(dim=0)]), "sum") / count
+        variance = (square - mean.square()).clamp_min(0)
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
+            self.running_mean.add_(mean, alpha=self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked += 1
-        return ((working - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+        return ((shifted - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 @dataclass(frozen=True)
 class Processes:
