@@ -157,15 +157,15 @@ SMALL = {  # what serves small images and short runs; the README's tables of exp
     "image_size": 32, "patch_size": 4, "num_attention_heads": 3, "head_hidden_size": 512, "output_dim": 128,
     "num_prototypes": 128, "focal_views": 2, "focal_size": 16, "blur": 0.0, "batch_size": 64, "warmup_epochs": 1.0,
     "final_weight_decay": 0.1, "momentum": 0.9, "schedule_stretch": 1.0}
+SMALL_PHOTOS = {**SMALL, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "mask_ratio": 0.5,
+                "focal_scale": (0.1, 0.4)}
 RECIPES = {
     "demo": {**SMALL, "data": "synthetic", "epochs": 10, "hidden_size": 96, "num_hidden_layers": 3, "lr": 3e-3,
              "head_hidden_size": 256, "num_prototypes": 64, "mask_ratio": 0.3, "crop_scale": (0.5, 1.0),
              "focal_scale": (0.15, 0.4), "knn_every": 2},
-    "cifar10": {**SMALL, "data": "cifar10", "epochs": 100, "hidden_size": 192, "num_hidden_layers": 6,
-                "focal_views": 4, "warmup_epochs": 2.0, "knn_every": 5},
-    "imagenette": {**SMALL, "data": "imagenette", "epochs": 60, "image_size": 64, "patch_size": 8, "hidden_size": 128,
-                   "num_hidden_layers": 4, "num_attention_heads": 4, "focal_size": 32, "mask_ratio": 0.5,
-                   "focal_scale": (0.1, 0.4), "knn_every": 5}}
+    "cifar10": {**SMALL_PHOTOS, "data": "cifar10", "epochs": 40, "knn_every": 4},
+    "imagenette": {**SMALL_PHOTOS, "data": "imagenette", "epochs": 60, "image_size": 64, "patch_size": 8,
+                   "focal_size": 32, "knn_every": 5}}
 for name, ratio, epochs in (("small-16", 0.15, 800), ("base-16", 0.3, 600), ("large-16", 0.5, 600),
                             ("base-8", 0.3, 600), ("base-4", 0.7, 300), ("large-7", 0.7, 200)):
     shape = zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"), PRESETS[name], strict=True)
@@ -693,9 +693,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
     """One update of anchor encoder, prototypes and target encoder -> terms of the loss, norm of the encoder's gradient.
     Raises FloatingPointError, before anything has changed, if the loss or a gradient is not finite."""
     network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs the memory of the last gradients
     with torch.autocast(target_view.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         loss = model(target_view, anchor_views, patches_to_keep, now.sharpening)
-    optimizer.zero_grad(set_to_none=True)
     loss.loss.backward()
     # As published, the prototypes' gradient is not part of the norm and is not clipped.
     grad_norm = nn.utils.clip_grad_norm_(network.anchor_encoder.parameters(), clip_grad, foreach=True)
