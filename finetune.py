@@ -232,10 +232,10 @@ def train_classifier(model: Classifier, images: Dataset, labels: Tensor, indices
         u = torch.rand(size, 2 * TRIES + 3, generator=generator)
         boxes = crop_boxes(u[:, 1:], batch.sizes, config.crop_scale)
         pixels = normalize(crop_and_resize(batch.images.to(device), boxes, u[:, 0] < 0.5, model.config.image_size))
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(pixels).logits
         loss = F.cross_entropy(logits.float(), labels[batch.indices].to(device), label_smoothing=config.label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         if not torch.isfinite(loss.detach() + norm):
