@@ -9,9 +9,46 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runs import TINY, finish, make_pictures, run_here, start
 
 import vitmsn
+from train_msn import GlobalBatchNorm1d
+
+
+@pytest.fixture(scope="module")
+def one_process_group(tmp_path_factory):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1), rank=0,
+                            world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@settings(deadline=None)
+@given(rows=st.integers(2, 20), mean=st.floats(-1e4, 1e4), deviation=st.floats(0.1, 10), seed=st.integers(0, 99))
+def test_the_batch_norm_of_many_processes_is_torchs(rows, mean, deviation, seed, one_process_group):
+    generator = torch.Generator().manual_seed(seed)
+    ours, theirs = GlobalBatchNorm1d(3).double(), torch.nn.BatchNorm1d(3).double()
+    for _ in range(2):  # the second time from moved running statistics
+        x = mean + deviation * torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+        a, b = (x.clone().requires_grad_() for _ in range(2))
+        torch.testing.assert_close(ours(a), theirs(b), rtol=1e-5, atol=1e-5)
+        weight = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+        for norm, leaf in ((ours, a), (theirs, b)):
+            (norm(leaf) * weight).sum().backward()
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -333.3, 1e4])
+def test_batch_norm_of_rows_that_are_all_alike_is_finite_in_float32(value, one_process_group):
+    """Rounding makes the difference of two squares negative: its root must not be taken."""
+    norm = GlobalBatchNorm1d(50)
+    x = (value * (1 + 0.1 * torch.rand(50, generator=torch.Generator().manual_seed(0)))).repeat(7, 1).requires_grad_()
+    norm(x).sum().backward()
+    assert torch.isfinite(norm(x)).all() and torch.isfinite(x.grad).all()
 
 
 @pytest.fixture(scope="module")
