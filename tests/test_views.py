@@ -128,7 +128,8 @@ def test_brightness_contrast_and_saturation_are_pillows(kind, enhance, seed, fac
     images, pixels = colours(np.random.default_rng(seed))
     ours = COLOR_OPERATIONS[kind](pixels, torch.full((len(images), 1, 1, 1), factor))
     theirs = torch.stack([pixels_of(enhance(image).enhance(factor)) for image in images])
-    assert (ours - theirs).abs().max() <= STEP_OF_GREY
+    # For contrast Pillow also rounds each grey before it takes their mean, which moves the mean by half a level at most.
+    assert (ours - theirs).abs().max() <= STEP_OF_GREY + (0.5 / 255 if kind == 1 else 0)
 
 
 @given(SEEDS, st.floats(-1, 1))
