@@ -602,15 +602,15 @@ all_processes = AllReduce.apply
 class GlobalBatchNorm1d(nn.BatchNorm1d):
     """Batch norm, always of the batch of all processes: for training only (torch's own refuses the CPU). x: rows d."""
     def forward(self, x: Tensor) -> Tensor:
-        shifted = x.to(self.weight.dtype) - self.running_mean  # near its mean, so that one reduction is exact enough
-        count = len(x) * dist.get_world_size()
-        mean, square = all_processes(torch.stack([shifted.sum(dim=0), shifted.square().sum(dim=0)]), "sum") / count
-        variance = (square - mean.square()).clamp_min(0)
-        with torch.no_grad():
-            self.running_mean.add_(mean, alpha=self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        return ((shifted - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+        rows, rank, world = x.to(self.weight.dtype), dist.get_rank(), dist.get_world_size()
+        mine = torch.stack(torch.var_mean(rows, dim=0, correction=0))
+        # Each process fills its own place, so that one reduction brings all together.
+        variances, means = all_processes(F.pad(mine[None], (0, 0, 0, 0, rank, world - rank - 1)), "sum").unbind(dim=1)
+        mean, variance = means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(variance.detach() / (1 - 1 / (world * len(x))), self.momentum)
+        self.num_batches_tracked += 1
+        return ((rows - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 @dataclass(frozen=True)
 class Processes:

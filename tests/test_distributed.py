@@ -27,7 +27,7 @@ def one_process_group(tmp_path_factory):
 
 
 @settings(deadline=None)
-@given(rows=st.integers(4, 20), mean=st.floats(-100, 100), deviation=st.floats(0.1, 10), seed=st.integers(0, 99))
+@given(rows=st.integers(2, 20), mean=st.floats(-1e4, 1e4), deviation=st.floats(0.1, 10), seed=st.integers(0, 99))
 def test_the_batch_norm_of_many_processes_is_torchs(rows, mean, deviation, seed, one_process_group):
     generator = torch.Generator().manual_seed(seed)
     ours, theirs = GlobalBatchNorm1d(3).double(), torch.nn.BatchNorm1d(3).double()
@@ -44,7 +44,6 @@ def test_the_batch_norm_of_many_processes_is_torchs(rows, mean, deviation, seed,
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -333.3, 1e4])
 def test_batch_norm_of_rows_that_are_all_alike_is_finite_in_float32(value, one_process_group):
-    """Rounding makes the difference of two squares negative: its root must not be taken."""
     norm = GlobalBatchNorm1d(50)
     x = (value * (1 + 0.1 * torch.rand(50, generator=torch.Generator().manual_seed(0)))).repeat(7, 1).requires_grad_()
     norm(x).sum().backward()
