@@ -501,13 +501,10 @@ def color_jitter(pixels: Tensor, strength: float, apply: Tensor, u_factors: Tens
     spread, middle = strength * torch.tensor([0.8, 0.8, 0.8, 0.2]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     low = torch.where(middle > 0, (middle - spread).clamp(min=0), -spread)
     factors = (low + u_factors * (middle + spread - low)).to(pixels.device)[..., None, None, None]
-    orders = u_order.argsort(dim=1)
-    for order in orders[apply].unique(dim=0):  # the images of one order together: few enough for the CPU's cache
-        rows = (apply & (orders == order).all(dim=1)).nonzero()[:, 0].to(pixels.device)
-        changed = pixels[rows]
-        for kind in order.tolist():
-            changed = COLOR_OPERATIONS[kind](changed, factors[rows, kind])
-        pixels[rows] = changed
+    for kinds in u_order.argsort(dim=1).T:  # every image's first adjustment, then every image's second, ...
+        for kind, operation in enumerate(COLOR_OPERATIONS):
+            rows = (apply & (kinds == kind)).nonzero()[:, 0].to(pixels.device)
+            pixels[rows] = operation(pixels[rows], factors[rows, kind])
     return pixels
 
 def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
