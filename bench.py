@@ -158,7 +158,7 @@ def train(args: argparse.Namespace) -> list[dict]:
     peak = matmul_peak(base.precision, args)
     series = {"train": {"mask_ratio": [base.mask_ratio]}, "masking": {"mask_ratio": [i / 10 for i in range(10)]},
               "growth": {field: [max(getattr(base, field), 1) * factor for factor in (1, 2, 4)]
-                         for field in ("image_size", "num_prototypes", "focal_views")}}[args.suite]
+                         for field in ("image_size", "num_prototypes", "focal_views", "batch_size")}}[args.suite]
     for field, values in series.items():
         configs = {value: replace(base, **{field: value}) for value in values}
         cases = {(attn, value): (step_parts, "step", config, attn, args.source_size, args.device)
@@ -166,7 +166,9 @@ def train(args: argparse.Namespace) -> list[dict]:
         for (attn, value), result in measure(cases, args, args.memory).items():
             flops, seconds = step_flops(configs[value]), result["median"]
             rows.append({"attention": attn or "as trained", field: value, "step": result, "GFLOP": flops / 1e9,
-                         "images/s": base.batch_size / seconds, "of peak": flops / seconds / peak})
+                         "images/s": configs[value].batch_size / seconds, "of peak": flops / seconds / peak})
+            if args.suite == "growth" and value > values[0]:  # of what varies, as which time grows; a size's 2 is linear
+                rows[-1]["power"] = np.log2(seconds / rows[-2]["step"]["median"])
             if args.suite == "train":
                 parts = step_parts("", *cases[attn, value][2:])
                 times = measure({part: (parts.get, part) for part in parts}, args, memory=False)

@@ -1,4 +1,5 @@
 """bench.py: each suite runs on a tiny model and writes what it promises; FLOPs are those that torch counts."""
+import itertools
 import json
 from dataclasses import replace
 
@@ -69,10 +70,15 @@ def test_views_are_set_beside_pillow_s(tmp_path, capsys):
 
 def test_growth_doubles_one_thing_at_a_time(tmp_path, capsys):
     rows, _ = run(tmp_path, capsys, "growth", *TRAINING, "--no-memory")
-    names = ("image_size", "num_prototypes", "focal_views")
+    names = ("image_size", "num_prototypes", "focal_views", "batch_size")
     varied = [(name, row[name]) for row in rows for name in names if name in row]
-    starts = zip(names, (32, 8, 2), strict=True)
+    starts = zip(names, (32, 8, 2, 4), strict=True)
     assert varied == [(name, start * factor) for name, start in starts for factor in (1, 2, 4)]
+    for before, row in itertools.pairwise(rows):
+        assert row["images/s"] == pytest.approx(row.get("batch_size", 4) / row["step"]["median"])
+        if "power" in row:
+            assert 2 ** row["power"] == pytest.approx(row["step"]["median"] / before["step"]["median"])
+    assert ["power" in row for row in rows] == [False, True, True] * len(names)
 
 
 def test_a_wrong_request_is_one_line(capsys):
