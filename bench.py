@@ -11,8 +11,8 @@ import json
 import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,8 @@ def measure(cases: dict, args: argparse.Namespace, memory: bool) -> dict:
     """Seconds (median, quartiles) and MiB of each case. Interleaved: what disturbs the machine disturbs all alike."""
     results, seconds = {name: {} for name in cases}, {name: [] for name in cases}
     for name, case in cases.items() if memory else ():
-        with get_context("spawn").Pool(1) as pool:
-            results[name]["memory"] = pool.apply(peak_memory, (args.threads, args.device, *case)) / 2**20
+        with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:  # killed, it says so
+            results[name]["memory"] = pool.submit(peak_memory, args.threads, args.device, *case).result() / 2**20
     ready = {name: make(*arguments) for name, (make, *arguments) in cases.items()}
     for _ in range(2 + args.repeats):  # the first two warm up
         for name, (new_input, run) in ready.items():
@@ -167,7 +167,7 @@ def train(args: argparse.Namespace) -> list[dict]:
             flops, seconds = step_flops(configs[value]), result["median"]
             rows.append({"attention": attn or "as trained", field: value, "step": result, "GFLOP": flops / 1e9,
                          "images/s": configs[value].batch_size / seconds, "of peak": flops / seconds / peak})
-            if args.suite == "growth" and value > values[0]:  # of what varies, as which time grows; a size's 2 is linear
+            if args.suite == "growth" and value > values[0]:  # of what varies, for the time; a size's 2 is linear
                 rows[-1]["power"] = np.log2(seconds / rows[-2]["step"]["median"])
             if args.suite == "train":
                 parts = step_parts("", *cases[attn, value][2:])
@@ -252,7 +252,7 @@ def make_parser() -> argparse.ArgumentParser:
         flag("--attn", nargs="+", choices=("eager", "sdpa", "compiled"), default=["eager", "sdpa"])
         dtypes = ("float32", "float16", "bfloat16")
         flag("--precision", dest="precisions", nargs="+", choices=dtypes, default=["float32"])
-        flag("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
+        flag("--batch-sizes", "--batch-size", type=int, nargs="+", default=[1, 2, 4, 8])
         flag("--head", choices=("model", "classifier"), default="model")
         flag("--against", nargs="+", choices=("transformers",), default=[])
     return parser

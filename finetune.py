@@ -1,7 +1,7 @@
 """Label efficiency: what a pretrained encoder is worth when few images have labels, and how to use it afterwards.
 
     python finetune.py                                          # the table, for the newest run in runs/
-    python finetune.py --checkpoint vits16_800ep.pth.tar --data path/to/imagenet --methods probe,knn20
+    python finetune.py --checkpoint vits16_800ep.pth.tar --data path/to/imagenet --methods probe,knn20 --no-full
     python finetune.py train --labels-per-class 10              # fine-tune, save a classifier that transformers loads
     python finetune.py predict runs/demo-001/classifier photo.jpg holiday/ --csv classes.csv
     python finetune.py attention runs/demo-001 photo.jpg        # where each head of the last layer looks
@@ -285,9 +285,10 @@ class Experiment:
 
     @cached_property
     def scratch_lr(self) -> float:
-        """The rate that does best when trained on a fifth of the tuning part and tested on the rest of it."""
-        fit, held = self.tuning[::5], [i for place, i in enumerate(self.tuning) if place % 5]  # a fifth of each class
-        if self.config.scratch_lr or len(fit) < 2:
+        """The rate that does best when trained on a fifth of each class's tuning part and tested on the rest of it."""
+        size = max(1, len(self.tuning) // len(self.data.classes))  # of a class
+        fit, held = ([i for place, i in enumerate(self.tuning) if (place % size % 5 > 0) == rest] for rest in (0, 1))
+        if self.config.scratch_lr or not held:
             return self.config.scratch_lr or SCRATCH_RATES[1]
         def accuracy(lr):
             predicted = classify(self.trained("scratch", fit, 0, lr), self.data.train, held).argmax(dim=-1)
@@ -319,7 +320,7 @@ def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> None:
             if method in TRAINED and name == "100 %" and 1 not in config.listed("fraction"):
                 continue
             scores = [(experiment.predict(method, draw, seed) == truth).double().mean().item()
-                      for seed, draw in enumerate(draws)]
+                      for draw, seed in zip(draws, config.listed("seeds") * len(draws), strict=False)]
             mean, labels = np.mean(scores), np.mean([len(draw) for draw in draws])
             sd = np.std(scores, ddof=1) if len(scores) > 1 else ""
             cells[name] = f"{100 * mean:.1f}" + (f" ± {100 * sd:.1f}" if len(scores) > 1 else "")
@@ -332,8 +333,7 @@ def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> None:
 def write_csv(path: Path, header: tuple, rows: list[tuple]) -> None:
     """A table, whole or not at all."""
     csv.writer(text := io.StringIO(), lineterminator="\n").writerows([header, *rows])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, text.getvalue().encode())
+    write_file(path, text.getvalue().encode(errors="surrogateescape"))  # names of files may be no UTF-8
 
 def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel | Classifier:
     """The encoder or classifier of a checkpoint, at --image-size. Raises UsageError if it can't be that."""
@@ -373,8 +373,8 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     columns, tuning = draw_columns(config, data, seen)
     val = torch.randperm(len(data.val), generator=generator_for(0, 2))[:config.val_images or None].sort().values
     val = readable(data.val, val.tolist(), seen)
-    if not all([val, *(drawn for draws in columns.values() for drawn in draws)]):
-        raise UsageError("no readable validation image is left, or none of a label list.")
+    if not all([val, columns, *(drawn for draws in columns.values() for drawn in draws)]):
+        raise UsageError("no readable validation image is left, none of a label list, or no column is asked for.")
     print(f"{config.checkpoint}: {len(data.train)} training images of {len(data.classes)} classes, {len(val)} of "
           f"{len(data.val)} validation images; {len(seen)} can't be read", flush=True)
     torch.manual_seed(0)  # the untrained encoder is as pretraining starts it, the same in all cells
@@ -401,7 +401,8 @@ def train_and_save(config: FinetuneConfig) -> None:
     truth = val_labels[experiment.val]
     right = classify(model, experiment.data.val, experiment.val).argmax(dim=-1) == truth
     rows = [(name, int((truth == c).sum()), right[truth == c].double().mean().item())
-            for c, name in enumerate(experiment.data.classes)] + [("all", len(truth), right.double().mean().item())]
+            for c, name in enumerate(experiment.data.classes) if c in truth]
+    rows.append(("all", len(truth), right.double().mean().item()))
     write_csv(folder / "accuracy.csv", ("class", "images", "accuracy"), rows)
     print("\n".join(f"{name:<20} {accuracy:7.1%} of {count}" for name, count, accuracy in rows) + f"\nsaved: {folder}")
 
@@ -428,7 +429,6 @@ def predict(config: FinetuneConfig, model: Classifier, pictures: ImageFiles) -> 
 def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> None:
     """A sheet per picture: beside it, each head of the last layer, as bright as the class token looks there."""
     size, folder = model.config.image_size, Path(config.output_dir or "attention")
-    folder.mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(pictures.paths):
         pixels = embed_images(None, pictures, [i], size, torch.device("cpu"))[0].reshape(1, 3, size, size)
         heads = model(pixels.to(model.cls_token.device), output_attentions=True).attentions[-1][:, :, 0, 1:].cpu()
@@ -469,19 +469,19 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"finetune.py {command}".strip(), description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     if command in USING:
-        parser.add_argument("checkpoint")
+        parser.add_argument("source", metavar="checkpoint")
         parser.add_argument("images", nargs="+")
     add_flags(parser, FinetuneConfig)
     given = vars(parser.parse_args(argv[bool(command):]))
+    source, images = given.pop("source", None), given.pop("images", None)
+    run, used = USING.get(command, (None, " ".join(given.keys() - {"top", "csv", "output"})))
+    if unused := given.keys() - {"image_size", "device", *used.split()}:
+        raise UsageError(f"{command or 'the table'} has no use for --{min(unused).replace('_', '-')}.")
     if command in USING:
-        (run, used), images = USING[command], given.pop("images")
-        if unused := given.keys() - {"checkpoint", "image_size", "device", *used.split()}:
-            raise UsageError(f"{command} has no use for --{min(unused).replace('_', '-')}.")
-        config = FinetuneConfig(**given)
-        model = load_model(config, classifier=command == "predict")
+        model = load_model(config := FinetuneConfig(checkpoint=source, **given), classifier=command == "predict")
         return run(config, model, open_pictures(images, model))
     if command == "train":
-        few = given.get("labels_per_class") or given.get("label_list") or given.get("fraction", "1") != "1"
+        few = given.get("labels_per_class") or given.get("label_list") or given.get("fraction", "1") not in ("1", "1.0")
         given = TRAIN | ({"fraction": ""} if few else {"crop_scale": (0.3, 1.0), "drop_path_rate": 0.1}) | given
         return train_and_save(FinetuneConfig(**given))
     return make_table(FinetuneConfig(**given))

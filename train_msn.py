@@ -5,7 +5,7 @@
     torchrun --nproc-per-node=8 train_msn.py --recipe small-16 --data path/to/imagenet --batch-size 1024
 
 Each run has its folder (runs/<recipe>-001, ...): config.json, metrics.csv, knn.csv, pictures, checkpoint.pt, and at
-the end encoder/, which transformers loads. `--resume` goes on where it stopped, bit for bit.
+the end encoder/, which transformers loads. `--resume` goes on where it stopped, on a CPU bit for bit.
 """
 import argparse
 import csv
@@ -59,7 +59,7 @@ class TrainConfig:
     data: str = opt("synthetic", "synthetic, cifar10, or a folder of images (train/CLASS/*, val/CLASS/*, or any tree)")
     data_dir: str = opt("data", "where cifar-10-batches-py lies or is downloaded to")
     output_dir: str = opt("", "the run's folder; by default runs/<recipe>-001 or the next free number")
-    resume: bool = opt(False, "go on from the checkpoint in the run's folder, or start if there is none")
+    resume: bool = opt(False, "go on from the run's checkpoint, on the same images, or start if there is none")
     init_from: str = opt("", "start from a run of ours, a transformers folder or an original .pth.tar")
     seed: int = opt(0, "of everything random", range=(0, 2**31 - 1))
     # How long
@@ -93,7 +93,7 @@ class TrainConfig:
     anchor_view: str = opt("own", "augmentation of random anchors (table 9)", choices=("own", "recolored", "target"))
     # Objective
     temperature: float = opt(0.1, "tau of the anchor assignments", range=(1e-3, 100))
-    sharpening: float = opt(0.25, "T: the targets' temperature is T tau", range=(1e-3, 1))
+    sharpening: float = opt(0.25, "T at the start of its schedule: the targets' temperature is T tau", range=(1e-3, 1))
     final_sharpening: float = opt(0.25, "T at the end of its linear schedule", range=(1e-3, 1))
     sinkhorn_iterations: int = opt(3, "0 leaves Sinkhorn out", range=(0, 1000))
     memax_weight: float = opt(1.0, "lambda of equation (1)", range=(0, 10**6))
@@ -383,12 +383,14 @@ def download_cifar10(data_dir: Path) -> Path:
     if hashlib.sha256(archive).hexdigest() != CIFAR10_SHA256:
         raise ValueError(f"{CIFAR10_URL} is not the published file (its SHA-256 differs); nothing was unpacked.")
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        tar.extractall(data_dir, filter="data")
+        for member in filter(tarfile.TarInfo.isfile, tar):  # one by one: processes of one job may do so at once
+            write_file(data_dir / "cifar-10-batches-py" / Path(member.name).name, tar.extractfile(member).read())
     return data_dir / "cifar-10-batches-py"
 
 def image_paths(folder: Path) -> list[Path]:
     """All picture files below a folder, in a fixed order. Raises UsageError if there are none."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    files = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    paths = sorted(p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
         raise UsageError(f"{folder} is no folder or holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}).")
     return paths
@@ -573,11 +575,10 @@ def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepVal
     used, momentum and sharpening after, and all are laid out over `schedule_stretch` times the run."""
     stretched = config.schedule_stretch * steps_per_epoch * config.epochs
     warmup = int(config.warmup_epochs * steps_per_epoch)
-    return StepValues(
-        lr=warmup_cosine(step + 1, warmup, int(stretched), config.start_lr, config.lr, config.final_lr),
-        weight_decay=cosine(step + 1, int(stretched), config.weight_decay, config.final_weight_decay),
-        momentum=linear(step, stretched, config.momentum, config.final_momentum),
-        sharpening=linear(step, stretched, config.sharpening, config.final_sharpening))
+    return StepValues(lr=warmup_cosine(step + 1, warmup, int(stretched), config.start_lr, config.lr, config.final_lr),
+                      weight_decay=cosine(step + 1, int(stretched), config.weight_decay, config.final_weight_decay),
+                      momentum=linear(step, stretched, config.momentum, config.final_momentum),
+                      sharpening=linear(step, stretched, config.sharpening, config.final_sharpening))
 
 # ---- Many processes: all that knows of torch.distributed; one process needs none of it -------------------------------
 TIMEOUT = timedelta(minutes=20)  # how long processes wait for one another: the first one evaluates by itself
@@ -616,13 +617,6 @@ class Processes:
     count: int
     device: torch.device
     reduce: Callable[[Tensor, str], Tensor] = one_process
-
-    def gather(self, items: list) -> list:
-        """The items of all processes."""
-        parts = [items] * self.count
-        if self.count > 1:
-            dist.all_gather_object(parts, items)
-        return [item for part in parts for item in part]
 
 def start_processes(config: TrainConfig) -> Processes:
     """Join the process group that torchrun describes in the environment; without torchrun, one process."""
@@ -688,7 +682,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
                patches_to_keep: list[Tensor | None], now: StepValues, clip_grad: float,
                precision: str = "float32") -> tuple[MSNLoss, Tensor]:
     """One update of anchor encoder, prototypes and target encoder -> terms of the loss, norm of the encoder's gradient.
-    Raises FloatingPointError, before anything has changed, if the loss or a gradient is not finite."""
+    Raises FloatingPointError, before any weight has changed, if the loss or a gradient is not finite."""
     network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs the memory of the last gradients
     with torch.autocast(target_view.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -697,7 +691,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: 
     # As published, the prototypes' gradient is not part of the norm and is not clipped.
     grad_norm = nn.utils.clip_grad_norm_(network.anchor_encoder.parameters(), clip_grad, foreach=True)
     check = [loss.loss.detach(), grad_norm, *(g.abs().max() for g in [network.prototypes.grad] if g is not None)]
-    if not torch.isfinite(torch.stack(check)).all():  # the one place where the host waits for the device
+    if not torch.isfinite(torch.stack(check)).all():  # here the host waits for the device
         raise FloatingPointError(f"not finite: loss {loss.loss:.4g}, cross-entropy {loss.cross_entropy:.4g}, me-max "
                                  f"{loss.memax:.4g}, gradient norm {grad_norm:.4g}")
     for group in optimizer.param_groups:
@@ -746,9 +740,10 @@ def knn_predict(bank: Tensor, bank_labels: Tensor, features: Tensor, k: int = 20
     return torch.cat(predicted)
 
 def knn_accuracy(encoder: ViTMSNModel | None, data: Images, config: TrainConfig, device: torch.device) -> float:
-    """Share of validation images that k-NN on 20,000 training images gets right. encoder None: raw pixels."""
-    train, train_kept = embed_images(encoder, data.train, spread(data.train, 20000), config.image_size, device)
-    val, val_kept = embed_images(encoder, data.val, list(range(len(data.val))), config.image_size, device)
+    """Share of validation images right by k-NN on 20,000 training images. encoder None: raw pixels, 64 x 64 at most."""
+    size = config.image_size if encoder else min(config.image_size, 64)  # the published recipes' would take 80 GiB
+    train, train_kept = embed_images(encoder, data.train, spread(data.train, 20000), size, device)
+    val, val_kept = embed_images(encoder, data.val, list(range(len(data.val))), size, device)
     predicted = knn_predict(train, data.train_labels[train_kept], val)
     return (predicted == data.val_labels[val_kept]).float().mean().item()
 
@@ -774,11 +769,10 @@ def save_checkpoint(folder: Path, model: ViTMSNForPreTraining, optimizer: torch.
     """All that resuming needs: no state of random generators, as every draw is a function of seed and step. Encoders
     are stored as in the original release: what reads vits16_800ep.pth.tar reads this. The checkpoint before stays."""
     channels = model.config.num_channels
-    content = {
-        "target_encoder": to_original(model.target_encoder.state_dict(), channels),
-        "encoder": to_original(model.anchor_encoder.state_dict(), channels), "prototypes": model.prototypes.detach(),
-        "optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed, "config": asdict(config),
-        "model_config": model.config.to_dict()}
+    content = {"target_encoder": to_original(model.target_encoder.state_dict(), channels),
+               "encoder": to_original(model.anchor_encoder.state_dict(), channels),
+               "prototypes": model.prototypes.detach(), "optimizer": optimizer.state_dict(), "step": step,
+               "elapsed": elapsed, "config": asdict(config), "model_config": model.config.to_dict()}
     newest, last = folder / "checkpoint-next.pt", folder / "checkpoint.pt"
     write_file(newest, lambda file: torch.save(content, file))
     if last.is_file():
@@ -823,9 +817,11 @@ def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
     config = make_config(given)
     if not config.resume and (folder / "config.json").exists():
         raise UsageError(f"{folder} holds a run; go on with it by --resume, or choose another --output-dir.")
-    if not config.resume or (content := load_checkpoint(folder)) is None:
+    content = load_checkpoint(folder) if config.resume else None
+    if content is None and not (folder / "config.json").exists():
         return config, None
-    saved = content["config"]
+    saved = content["config"] if content else json.loads((folder / "config.json").read_text())
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     for name, value in given.items():
         if name not in FREE_TO_CHANGE and value not in ("auto", saved.get(name)):
             raise UsageError(f"--{name.replace('_', '-')} {value}: {folder} was started with {saved.get(name)}.")
@@ -939,7 +935,8 @@ class Record:
 
 def announce(config: TrainConfig, folder: Path, data: Images, model: nn.Module, first: int, last: int) -> None:
     """Write the settings to config.json, and say in a few lines what is about to happen."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=config.resume or bool(config.output_dir))  # two runs never share a new folder
+    (folder / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
     write_file(folder / "config.json", json.dumps(asdict(config), indent=2).encode())
     parameters = sum(p.numel() for p in model.anchor_encoder.parameters()) / 1e6
     labels = f"{len(data.val)} for validation, {len(data.classes)} classes" if data.val else "no labels"
@@ -970,6 +967,10 @@ def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: 
     write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
     print(f"done in {summary['minutes']} minutes: {folder}/encoder, pictures *.png", flush=True)
 
+def ignore_sigterm(worker: int) -> None:
+    """For a process that decodes images: a signal to the whole job must leave it at work until the step is done."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
 def train(config: TrainConfig, data: Images, folder: Path, content: dict | None, processes: Processes) -> None:
     """The whole run: set up, loop, finish. content: the checkpoint from which it goes on, or None."""
     share, steps_per_epoch = config.batch_size // processes.count, len(data.train) // config.batch_size
@@ -991,7 +992,8 @@ def train(config: TrainConfig, data: Images, folder: Path, content: dict | None,
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one stops after the step, a second one at once
         signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
     batches = step_batches(config, len(data.train), range(first_step, last_step), rows)
-    loader = DataLoader(data.train, batch_sampler=batches, collate_fn=Batch._make, num_workers=config.num_workers)
+    loader = DataLoader(data.train, batch_sampler=batches, collate_fn=Batch._make, num_workers=config.num_workers,
+                        worker_init_fn=ignore_sigterm)
     for step, batch in enumerate(loader, first_step):
         torch.manual_seed(generator_for(config.seed, DROPOUT, step, processes.rank).initial_seed())
         views, keep = make_views(batch._replace(images=batch.images.to(processes.device)), config, step, rows)
@@ -999,13 +1001,12 @@ def train(config: TrainConfig, data: Images, folder: Path, content: dict | None,
         try:
             loss, norm = train_step(msn, optimizer, views[0], views[1:], keep, now, config.clip_grad, config.precision)
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {step}: {error}; the last good checkpoint is in {folder}.") from None
-        terms = [*loss[:4], loss.top_assignment, norm, *norm.new_tensor([len(received), len(batch.unreadable)])]
-        *terms, signals, bad = (processes.reduce(torch.stack(terms).detach(), "sum") / processes.count).tolist()
-        for path in sorted(set(processes.gather(batch.unreadable) if bad else ()) - unreadable):
+            raise FloatingPointError(f"step {step}: {error}; the last checkpoint, if any, is in {folder}.") from None
+        terms = [*loss[:4], loss.top_assignment, norm, norm.new_tensor(len(received))]
+        *terms, signals = (processes.reduce(torch.stack(terms).detach(), "sum") / processes.count).tolist()
+        for path in sorted(set(batch.unreadable) - unreadable):
             unreadable.add(path)
-            if chief:
-                print(f"\n{path} is no readable image ({len(unreadable)} so far); the next stands in", file=sys.stderr)
+            print(f"\n{path} is no readable image ({len(unreadable)} so far); the next stands in", file=sys.stderr)
         if chief:
             record.step(step, epoch, terms, loss.prototypes_used.item(), now)
             if step == 0:

@@ -184,7 +184,7 @@ class PretrainedMixin:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write config.json and model.safetensors (without that package: pytorch_model.bin) for transformers 4 or 5."""
-        (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+        folder = Path(folder)
         weights = to_transformers(self.state_dict(), self.config.num_channels)
         try:
             from safetensors.torch import save as to_bytes
@@ -422,7 +422,7 @@ def log_assign(z: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
 
 def smooth(log_p: Tensor, smoothing: float) -> Tensor:
     """Label smoothing of the prototype labels (not in the paper): log((1 - s) p + s / k). log_p: b k -> b k."""
-    return torch.logaddexp(log_p + math.log1p(-smoothing), log_p.new_tensor(smoothing / log_p.shape[-1]).log())
+    return torch.logaddexp(log_p + math.log1p(-smoothing), log_p.new_full((), smoothing / log_p.shape[-1]).log())
 
 def sharpen(log_p: Tensor, sharpening: float) -> Tensor:
     """p^(1/T) renormalised: the paper's softmax at tau+ = T tau (T: sharpening; 0.25 x 0.1). log_p: b k -> b k."""
@@ -678,8 +678,8 @@ def local_folder(name_or_path: str | os.PathLike) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ImportError(f"{name_or_path} is no local path: pip install huggingface_hub to fetch it, or put its "
-                          "config.json and model.safetensors (or pytorch_model.bin) into a folder.") from None
+        raise ImportError(f"{name_or_path} is no folder here. A model of the hub: pip install huggingface_hub, or put "
+                          "its config.json and model.safetensors (or pytorch_model.bin) there.") from None
     return Path(snapshot_download(str(name_or_path), allow_patterns=["config.json", *WEIGHT_FILES, "*.safetensors"]))
 
 def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None) -> tuple[ViTMSNConfig, dict]:
@@ -713,10 +713,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, igno
     new = [name for name in own if name not in found or name in wrong]
     optional = r"fc\.|prototypes|classifier\.|mask_token"
     unused = [name for name in weights if name not in own and not re.match(optional, name)]
-    problems = {
-        "missing": [name for name in new if name not in wrong and not re.match(may_be_new, name)],
-        "not finite": [name for name, value in found.items() if name not in wrong and not torch.isfinite(value).all()],
-        "wrongly shaped": [] if ignore_mismatched_sizes else list(wrong.values())}
+    problems = {"missing": [name for name in new if name not in wrong and not re.match(may_be_new, name)],
+                "not finite": [name for name in found if name not in wrong and not torch.isfinite(found[name]).all()],
+                "wrongly shaped": [] if ignore_mismatched_sizes else list(wrong.values())}
     advice = {"wrongly shaped": " Use the matching config, or ignore_mismatched_sizes=True to draw them anew."}
     for problem, names in problems.items():
         if names:
@@ -730,7 +729,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, igno
     return new
 
 def write_file(path: Path, content: bytes | Callable) -> None:
-    """Write bytes, or what content(file) writes, whole or not at all: then the old file stays."""
+    """Write bytes, or what content(file) writes, whole or not at all: then the old file stays. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -42,12 +42,13 @@ def run_here(*flags: str) -> int:
             signal.signal(number, handler)
 
 
-def start(*flags: str, processes: int = 0, restarts: int = 0, **environment: str) -> subprocess.Popen:
-    """Start train_msn.py as a program, by torchrun if `processes` is given."""
+def start(*flags: str, processes: int = 0, restarts: int = 0, session: bool = False,
+          **environment: str) -> subprocess.Popen:
+    """Start train_msn.py as a program, by torchrun if `processes` is given, in a process group of its own (session)."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
                 "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"] if processes else []
     return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train_msn.py"), *map(str, flags)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=session,
                             env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 

@@ -1,7 +1,11 @@
 """bench.py: each suite runs on a tiny model and writes what it promises; FLOPs are those that torch counts."""
 import itertools
 import json
+import os
+import signal
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +33,11 @@ def run(tmp_path, capsys, *argv: str) -> tuple[list[dict], str]:
 
 def assert_timed(result: dict) -> None:
     assert 0 < result["low"] <= result["median"] <= result["high"]
+
+
+def test_batch_size_means_batch_sizes_to_inference(tmp_path, capsys):
+    rows, _ = run(tmp_path, capsys, "inference", "--batch-size", "3", "--attn", "sdpa")
+    assert [row["batch"] for row in rows] == [3]
 
 
 def test_without_a_suite_it_prints_the_documented_table(tmp_path, capsys):
@@ -79,6 +88,16 @@ def test_growth_doubles_one_thing_at_a_time(tmp_path, capsys):
         if "power" in row:
             assert 2 ** row["power"] == pytest.approx(row["step"]["median"] / before["step"]["median"])
     assert ["power" in row for row in rows] == [False, True, True] * len(names)
+
+
+def killed_when_it_runs():
+    return lambda: None, lambda _: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_case_that_the_system_kills_is_an_error_not_a_wait():
+    args = SimpleNamespace(threads=1, device=torch.device("cpu"))
+    with pytest.raises(BrokenProcessPool):
+        bench.measure({"too large": (killed_when_it_runs,)}, args, memory=True)
 
 
 def test_a_wrong_request_is_one_line(capsys):

@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -266,14 +267,47 @@ def test_predict_names_skips_and_counts_what_it_cannot_read(world, capsys, tmp_p
 
 
 def test_embed_writes_one_row_per_image_with_its_path_and_class(world, tmp_path):
-    flags = ("--output", tmp_path / "f.npz")
+    flags = ("--output", tmp_path / "new" / "f.npz")
     assert run(world, "embed", world / "encoder", world / "data" / "val", *flags, data=False) == 0
-    content = np.load(tmp_path / "f.npz")
+    content = np.load(tmp_path / "new" / "f.npz")
     assert content["features"].shape == (12, 24) and content["features"].dtype == np.float32
     assert [Path(path).parent.name for path in content["paths"]] == content["classes"].tolist()
     encoder = ViTMSNModel.from_pretrained(world / "encoder")
     expected = encoder.class_token(preprocess(Image.open(content["paths"][5]), encoder.config))
     assert_close(content["features"][5], expected[0], 0.02)
+
+
+def test_a_name_that_is_no_utf8_stays_in_the_table(tmp_path):
+    finetune.write_csv(tmp_path / "new" / "a.csv", ("image",), [(os.fsdecode(b"caf\xe9.png"),)])
+    assert (tmp_path / "new" / "a.csv").read_bytes() == b"image\ncaf\xe9.png\n"
+
+
+def test_a_rate_from_scratch_is_tuned_on_all_classes(monkeypatch):
+    labels, seen = torch.arange(3).repeat_interleave(7), []
+    scores = torch.zeros(21, 3)
+    data = finetune.Images(CLASSES, None, labels, None, None)
+    experiment = finetune.Experiment(FinetuneConfig(), {}, data, [], {}, list(range(21)))
+    monkeypatch.setattr(finetune.Experiment, "trained", lambda self, method, fit, seed, lr: seen.append(fit))
+    monkeypatch.setattr(finetune, "classify", lambda model, images, held: seen.append(held) or scores[held])
+    assert experiment.scratch_lr in finetune.SCRATCH_RATES and len(seen) == 6
+    fit, held = seen[:2]
+    assert labels[fit].tolist() == [0, 0, 1, 1, 2, 2] and sorted(fit + held) == list(range(21))
+
+
+def test_draws_are_trained_by_their_own_seeds(tmp_path, monkeypatch):
+    seeds, data = [], finetune.Images(CLASSES, None, torch.arange(3), None, None)
+    columns = {"1/class": [[0], [1]], "100 %": [[0, 1, 2]]}
+    experiment = finetune.Experiment(FinetuneConfig(methods="probe", seeds="7,5"), {}, data, [0], columns, [])
+    predict = lambda self, method, draw, seed: seeds.append(seed) or torch.zeros(1)  # noqa: E731
+    monkeypatch.setattr(finetune.Experiment, "predict", predict)
+    measure(experiment, torch.zeros(1), tmp_path)
+    assert seeds == [7, 5, 7]
+
+
+def test_train_tells_of_no_class_that_no_validation_image_shows(world, tmp_path, capsys):
+    assert run(world, "train", "--labels-per-class", "1", "--val-images", "1", "--steps", "1", "--epochs", "0",
+               "--output-dir", tmp_path) == 0
+    assert len(table(tmp_path / "accuracy.csv")) == 2 and "nan" not in capsys.readouterr().out
 
 
 def test_attention_and_neighbours_draw_sheets(world, tmp_path):
@@ -362,6 +396,10 @@ def test_other_bad_input_says_what_to_do(world, capsys, monkeypatch, tmp_path):
             (("predict", world / "classifier", "empty"), 2, "holds no image"),
             (("predict", world / "classifier", "bad.png"), 2, "none of the 1 files is a readable image"),
             (("predict", world / "classifier", "bad.png", "--lr", "1"), 2, "predict has no use for --lr"),
+            (("predict", "a.png", "b.png", "--checkpoint", "c"), 2, "predict has no use for --checkpoint"),
+            (("--csv", "a.csv"), 2, "the table has no use for --csv"), (("train", "--top", "1"), 2, "train has no use"),
+            (("--checkpoint", world / "encoder", "--data", world / "data", "--labels-per-class", "", "--fraction", "",
+              "--no-full"), 2, "no column is asked for"), (("predict", "a/b", "c.png"), 1, "is no folder here"),
             (("neighbours", world / "encoder", "odd/train/a/1.png"), 2, "two pictures or more"),
             (("embed", "broken", "odd"), 1, "pytorch_model.bin can't be read"),
             (("--checkpoint", world / "encoder"), 2, "pass --data"),
@@ -383,7 +421,8 @@ def test_a_label_list_of_damaged_images_only_is_refused(world, capsys, monkeypat
 
 
 @pytest.mark.parametrize(("flags", "all_labels"), [
-    ((), True), (("--fraction", "1"), True), (("--fraction", "0.5"), False), (("--labels-per-class", "2"), False)])
+    ((), True), (("--fraction", "1"), True), (("--fraction", "1.0"), True), (("--fraction", "0.5"), False),
+    (("--labels-per-class", "2"), False)])
 def test_train_augments_strongly_only_with_all_labels(flags, all_labels, monkeypatch):
     configs = []
     monkeypatch.setattr(finetune, "train_and_save", configs.append)

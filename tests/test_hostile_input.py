@@ -60,8 +60,10 @@ def field_rows(program: str, config_class: type):
             unit, name = 1 if f.type is int else limits[1] / 10 + 1e-6, f.name
             values = [limits[0] - unit, limits[1] + unit, *(["nan", "inf"] if f.type is not int else [])]
             pair = f" {limits[1]}" if f.type is tuple else ""
-            yield from ((program, f"{flag}{' ' if pair else '='}{value}{pair}", 2, f"{name}=") for value in values)
-            yield program, f"{flag} x{pair}", 2, flag
+            command = "predict OTHER FILE " if name == "top" else ""  # of no use to the table
+            yield from ((program, f"{command}{flag}{' ' if pair else '='}{value}{pair}", 2, f"{name}=")
+                        for value in values)
+            yield program, f"{command}{flag} x{pair}", 2, flag
 
 
 def module_of(program: str):

@@ -1,4 +1,5 @@
 """A run that was interrupted and continued is the same run, bit for bit; a checkpoint is never lost."""
+import json
 import os
 import random
 import signal
@@ -79,6 +80,47 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(number, pictures, tm
     status, printed = finish(process)
     assert status == 0 and "--resume" in printed
     assert vitmsn.read_tensors(tmp_path / "run" / "checkpoint.pt")["step"] >= 1
+
+
+def test_a_signal_to_the_whole_job_stops_it_after_the_step_too(pictures, tmp_path):
+    process = start(*flags(pictures, tmp_path / "run", "--epochs", "100000", "--num-workers", "2"), session=True)
+    while not (tmp_path / "run" / "views.png").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    status, printed = finish(process)
+    assert status == 0 and "stopped after step" in printed, printed
+    assert vitmsn.read_tensors(tmp_path / "run" / "checkpoint.pt")["step"] >= 1
+
+
+def test_a_run_whose_end_failed_is_not_finished(pictures, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    assert run_here(*flags(pictures, folder, "--max-steps", "2")) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(train_msn, "save_neighbours", lambda *_: 1 / 0)
+        assert run_here(*flags(pictures, folder, "--max-steps", "5", "--resume")) == 1
+    assert run_here(*flags(pictures, folder, "--max-steps", "5", "--resume")) == 0
+    assert json.loads((folder / "summary.json").read_text())["step"] == 5
+
+
+def test_resuming_before_the_first_checkpoint_keeps_the_settings(pictures, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run_here(*flags(pictures, folder, "--lr", "0.01", "--crop-scale", "0.5", "1", "--max-steps", "1")) == 0
+    for path in folder.glob("checkpoint*"):
+        path.unlink()
+    assert run_here("--resume", "--output-dir", folder, "--lr", "0.02") == 2
+    assert "started with 0.01" in capsys.readouterr().err
+    assert run_here("--resume", "--output-dir", folder, "--max-steps", "2", "--crop-scale", "0.5", "1") == 0
+    config = train_msn.make_config(json.loads((folder / "config.json").read_text()) | {"recipe": "demo"})
+    assert (config.lr, config.hidden_size, config.data) == (0.01, 16, str(pictures))
+    assert vitmsn.read_tensors(folder / "checkpoint.pt")["step"] == 2
+
+
+def test_two_runs_that_start_together_do_not_share_a_folder(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    other, opened = Path("runs/demo-001"), train_msn.open_data
+    monkeypatch.setattr(train_msn, "open_data", lambda config: other.mkdir(parents=True) or opened(config))
+    assert run_here(*TINY, "--data", pictures, "--max-steps", "1") == 1
+    assert "demo-001" in capsys.readouterr().err and not list(other.iterdir())
 
 
 def test_a_finished_run_changes_nothing(pictures, whole, capsys):

@@ -325,6 +325,15 @@ def test_an_image_is_its_own_nearest_neighbour_at_any_temperature(seed, temperat
         assert knn_predict(train, labels, train, 12, temperature).equal(labels)
 
 
+def test_raw_pixels_are_compared_at_64_at_most(monkeypatch):
+    sizes, embed = [], train_msn.embed_images
+    monkeypatch.setattr(train_msn, "embed_images", lambda *given: sizes.append(given[3]) or embed(*given))
+    data = train_msn.synthetic_images(0, train=20, val=10)
+    for size in (32, 96):
+        train_msn.knn_accuracy(None, data, replace(make_config({}), image_size=size), torch.device("cpu"))
+    assert sizes == [32, 32, 64, 64]
+
+
 def test_knn_accuracy_takes_the_settings_training_images_and_is_1_on_them():
     images = train_msn.ImagesInMemory(torch.from_numpy(np.stack(
         [p[:8, :8] for p in random_pictures(np.random.default_rng(0), 10, 8)])).permute(0, 3, 1, 2))
