@@ -389,8 +389,8 @@ def download_cifar10(data_dir: Path) -> Path:
 
 def image_paths(folder: Path) -> list[Path]:
     """All picture files below a folder, in a fixed order. Raises UsageError if there are none."""
-    files = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
-    paths = sorted(p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    roots = [folder, *(p for p in folder.glob("*") if p.is_symlink())]  # links to classes, but no links in a circle
+    paths = sorted(p for root in roots for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not paths:
         raise UsageError(f"{folder} is no folder or holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}).")
     return paths

@@ -179,6 +179,7 @@ def test_links_to_folders_are_followed(tmp_path):
         (tmp_path / "links" / part).mkdir(parents=True)
         for name in (folder / part).iterdir():
             (tmp_path / "links" / part / name.name).symlink_to(name)
+            (name / "circle").symlink_to(name)
     linked = train_msn.open_data(make_config({"data": str(tmp_path / "links")}))
     assert linked.classes == direct.classes and linked.train_labels.equal(direct.train_labels)
     assert [p.name for p in linked.train.paths] == [p.name for p in direct.train.paths]

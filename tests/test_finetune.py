@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -381,6 +382,7 @@ def test_bad_usage_is_one_clear_line_and_status_2(world, capsys, monkeypatch, tm
 
 def test_other_bad_input_says_what_to_do(world, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed: nothing is fetched
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.png").write_bytes(b"")
     for part, names in (("train", "ab"), ("val", "abc")):
