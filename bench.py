@@ -21,7 +21,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from train_msn import (
-    VIEWS, Batch, Processes, TrainConfig, UsageError, add_flags, build_model, choose_precision, crop_boxes, draw_views,
+    VIEWS, Batch, Processes, TrainConfig, UsageError, Views, add_flags, build_model, choose_precision, crop_boxes, draw_views,
     generator_for, make_config, make_views, parameter_groups, run_program, schedule_at, start_processes, train_step)
 from vitmsn import (
     PRESETS, ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, normalize, num_patches_to_keep, write_file)
@@ -137,13 +137,11 @@ def step_parts(part: str, config: TrainConfig, attn: str, source: list[int], dev
     model.anchor_encoder.set_attn_implementation(attn or model.anchor_encoder.config.attn_implementation)
 
     def step(batch: Batch) -> None:
-        (target, *anchors), keep = views_of(batch)
-        train_step(model, optimizer, target, anchors, keep, now, config.clip_grad, config.precision)
+        train_step(model, optimizer, *views_of(batch), now, config.clip_grad, config.precision)
 
-    def forward(views_and_masks: tuple) -> Tensor:
-        (target, *anchors), keep = views_and_masks
+    def forward(views: Views) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            return model(target, anchors, keep, now.sharpening).loss
+            return model(*views, now.sharpening).loss
 
     case = {"step": (pictures, step), "views": (pictures, views_of), "forward": (lambda: views_of(pictures()), forward),
             "backward": (lambda: forward(views_of(pictures())), Tensor.backward),

@@ -168,8 +168,7 @@ RECIPES = {
                    "focal_size": 32, "knn_every": 5}}
 for name, ratio, epochs in (("small-16", 0.15, 800), ("base-16", 0.3, 600), ("large-16", 0.5, 600),
                             ("base-8", 0.3, 600), ("base-4", 0.7, 300), ("large-7", 0.7, 200)):
-    shape = zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"), PRESETS[name], strict=True)
-    RECIPES[name] = {**dict(shape), "mask_ratio": ratio, "epochs": epochs}  # as published (paper, Appendix A.1)
+    RECIPES[name] = {**PRESETS[name], "mask_ratio": ratio, "epochs": epochs}  # as published (paper, Appendix A.1)
 RECIPES["large-7"]["focal_size"] = 98  # views are whole patches: of 7 pixels, this is the nearest to 96
 # Flags that a resumed run may change, because the result is the same.
 FREE_TO_CHANGE = {"resume", "output_dir", "num_workers", "max_steps", "checkpoint_every", "knn_every", "cache_mb"}
@@ -536,7 +535,13 @@ def views_of_one_size(batch: Batch, draws: dict[str, Tensor], config: TrainConfi
         pixels[blurred] = gaussian_blur(pixels[blurred], sigma)
     return normalize(pixels)
 
-def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tuple[list[Tensor], list[Tensor | None]]:
+class Views(NamedTuple):
+    """What the two encoders see of a batch."""
+    target_view: Tensor  # b c height width
+    anchor_views: list[Tensor]  # v tensors b c height width: random views, then focal views
+    patches_to_keep: list[Tensor | None]  # of each anchor view: b r, or None for all
+
+def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> Views:
     """Target and anchor views (random, then focal), patches to keep of each anchor: functions of images, seed, step."""
     whole, focal = slice(0, 1 + config.random_views), slice(1 + config.random_views, None)
     kinds = [(whole, config.image_size, config.crop_scale), (focal, config.focal_size, config.focal_scale)]
@@ -551,7 +556,8 @@ def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> tup
     generator, patches = generator_for(config.seed, MASKS, step), (config.image_size // config.patch_size) ** 2
     masks = [sample_patches_to_keep(config.batch_size, patches, config.mask_ratio, generator)[rows]
              for _ in range(config.random_views)]
-    return views, [mask.to(batch.images.device, non_blocking=True) for mask in masks] + [None] * config.focal_views
+    masks = [mask.to(batch.images.device, non_blocking=True) for mask in masks]
+    return Views(views[0], views[1:], masks + [None] * config.focal_views)
 
 # ---- Schedules (Appendix A.1) ----------------------------------------------------------------------------------------
 StepValues = namedtuple("StepValues", "lr weight_decay momentum sharpening")  # what they say for one step
@@ -716,7 +722,7 @@ def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int
         boxes = torch.cat([torch.zeros_like(batch.sizes), batch.sizes], dim=1)
         whole = crop_and_resize(batch.images.to(device), boxes, torch.zeros(len(boxes), dtype=torch.bool), size)
         pixels = normalize(whole[right])
-        state = pixels.flatten(1) if encoder is None else encoder.class_token(pixels, interpolate_pos_encoding=True)
+        state = pixels.flatten(1) if encoder is None else encoder.representation(pixels, interpolate_pos_encoding=True)
         features.append(state.float().cpu())
         kept += [wanted[row] for row in right]
     module.train(training)
@@ -853,11 +859,13 @@ def save_sheet(path: Path, rows: list[list[np.ndarray]], header: list[str], cell
             sheet.paste(image, (c * (cell + 4), 16 + r * (cell + 4)))
     write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
 
-def save_views(path: Path, views: list[Tensor], keep: list[Tensor | None], config: TrainConfig) -> None:
+def save_views(path: Path, views: Views, config: TrainConfig) -> None:
     """A sheet of what the network sees: for a few images the target view and the anchor views with their masks."""
     rows = [[to_picture(view[b], None if mask is None else mask[b], config.patch_size)
-             for view, mask in zip(views, [None, *keep], strict=True)] for b in range(min(6, len(views[0])))]
-    save_sheet(path, rows, ["target view", *(f"anchor {i}" for i in range(1, len(views)))])
+             for view, mask in zip([views.target_view, *views.anchor_views], [None, *views.patches_to_keep], strict=True)]
+            for b in range(min(6, len(views.target_view)))]
+    kinds = ["random view" if mask is not None else "focal view" for mask in views.patches_to_keep]
+    save_sheet(path, rows, ["target view", *kinds])
 
 @torch.no_grad()
 def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, size: int, device: torch.device,
@@ -996,10 +1004,10 @@ def train(config: TrainConfig, data: Images, folder: Path, content: dict | None,
                         worker_init_fn=ignore_sigterm)
     for step, batch in enumerate(loader, first_step):
         torch.manual_seed(generator_for(config.seed, DROPOUT, step, processes.rank).initial_seed())
-        views, keep = make_views(batch._replace(images=batch.images.to(processes.device)), config, step, rows)
+        views = make_views(batch._replace(images=batch.images.to(processes.device)), config, step, rows)
         now, epoch = schedule_at(config, step, steps_per_epoch), (step + 1) / steps_per_epoch
         try:
-            loss, norm = train_step(msn, optimizer, views[0], views[1:], keep, now, config.clip_grad, config.precision)
+            loss, norm = train_step(msn, optimizer, *views, now, config.clip_grad, config.precision)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}; the last checkpoint, if any, is in {folder}.") from None
         terms = [*loss[:4], loss.top_assignment, norm, norm.new_tensor(len(received))]
@@ -1010,7 +1018,7 @@ def train(config: TrainConfig, data: Images, folder: Path, content: dict | None,
         if chief:
             record.step(step, epoch, terms, loss.prototypes_used.item(), now)
             if step == 0:
-                save_views(folder / "views.png", views, keep, config)
+                save_views(folder / "views.png", views, config)
             if data.val is not None and config.knn_every and (step + 1) % (config.knn_every * steps_per_epoch) == 0:
                 record.evaluation(step + 1, epoch, knn_accuracy(network.target_encoder, data, config, processes.device))
             if signals or step + 1 == last_step or (step + 1) % config.checkpoint_every == 0:

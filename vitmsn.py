@@ -11,8 +11,9 @@ directions. Pretraining is the official code's, by its numbers (tests/test_golde
     logits = model(preprocess(images, model.config)).logits
 
 Shapes are written in the letters of the einops patterns (in brackets the paper's):
-    b images          v anchor views per image (M)    n tokens or patches    d width of the encoder    h attention heads
-    k prototypes (K)  e width of the projection (d)   c channels             p patch size in pixels (N)
+    b images          v anchor views per image (M)    n tokens or patches    r patches that remain of n, the patches to keep
+    k prototypes (K)  e width of the projection (d)   d width of the encoder h attention heads
+    c channels        p patch size in pixels (N)
 """
 import copy
 import json
@@ -43,9 +44,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 CHOICES = {"hidden_act": tuple(ACTIVATIONS), "attn_implementation": ("sdpa", "eager"),
            "problem_type": (None, "regression", "single_label_classification", "multi_label_classification")}
-PRESETS = {  # the published shapes (paper, Section 4): name -> width, layers, heads, patch size in pixels
-    "small-16": (384, 12, 6, 16), "base-16": (768, 12, 12, 16), "base-8": (768, 12, 12, 8),
-    "base-4": (768, 12, 12, 4), "large-16": (1024, 24, 16, 16), "large-7": (1024, 24, 16, 7)}
+PRESETS = {  # the published shapes (paper, Section 4)
+    "small-16": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": 16},
+    "base-16": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16},
+    "base-8": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 8},
+    "base-4": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 4},
+    "large-16": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 16},
+    "large-7": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 7},
+}
 
 @dataclass
 class ViTMSNConfig:
@@ -107,9 +113,8 @@ class ViTMSNConfig:
         """One of the published shapes (`PRESETS`), with any field changed."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not known; use one of {', '.join(PRESETS)}.")
-        width, layers, heads, patch = PRESETS[name]
-        return cls(**{"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
-                      "intermediate_size": 4 * width, "patch_size": patch, **changes})
+        shape = PRESETS[name]
+        return cls(**{**shape, "intermediate_size": 4 * shape["hidden_size"], **changes})
 
     @classmethod
     def from_dict(cls, values: dict) -> "ViTMSNConfig":
@@ -352,7 +357,7 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         tokens = torch.cat([class_token.to(tokens.dtype), tokens + patch_positions], dim=1)
         return F.dropout(tokens, self.config.hidden_dropout_prob, self.training)
 
-    def class_token(self, pixel_values: Tensor, patches_to_keep: Tensor | None = None,
+    def representation(self, pixel_values: Tensor, patches_to_keep: Tensor | None = None,
                     interpolate_pos_encoding: bool = False) -> Tensor:
         """The class token after the last layer, *before* the final norm: the published feature for probing. -> b d."""
         tokens = self.embed(pixel_values, None, patches_to_keep, interpolate_pos_encoding)
@@ -403,7 +408,7 @@ class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
             out = self.vit(pixel_values, None, None, interpolate_pos_encoding, output_hidden_states, output_attentions)
             state, extras = out.last_hidden_state[:, 0], (out.hidden_states, out.attentions)
         else:
-            state, extras = self.vit.norm(self.vit.class_token(pixel_values, None, interpolate_pos_encoding)), ()
+            state, extras = self.vit.norm(self.vit.representation(pixel_values, None, interpolate_pos_encoding)), ()
         logits = self.classifier(state)
         loss = None if labels is None else classification_loss(logits, labels, self.config)
         return ViTMSNClassifierOutput(logits, loss, *extras)
@@ -523,7 +528,7 @@ class MSNEncoder(ViTMSNModel):
         for shape in dict.fromkeys(shapes):
             members = [i for i in range(len(views)) if shapes[i] == shape]
             keep = None if shape[1] is None else torch.cat([patches_to_keep[i] for i in members])
-            state = self.class_token(torch.cat([views[i] for i in members]), keep, interpolate_pos_encoding=True)
+            state = self.representation(torch.cat([views[i] for i in members]), keep, interpolate_pos_encoding=True)
             projections.update(zip(members, self.fc(self.norm(state)).chunk(len(members)), strict=True))
         return torch.stack([projections[i] for i in range(len(views))])
 

@@ -1,11 +1,19 @@
 """Small models and random tensors, the same for every test file."""
+
 import torch
 from torch import Tensor
 
 from vitmsn import ViTMSNConfig
 
-TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40,
-        "image_size": 32, "patch_size": 8, "num_labels": 5}
+TINY = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 5,
+}
 
 
 def tiny_config(**changes) -> ViTMSNConfig:
@@ -27,10 +35,16 @@ def randomized(model: torch.nn.Module, std: float = 0.1, seed: int = 0) -> torch
     return model
 
 
-def assert_close(actual, expected, limit: float, what: str = "") -> None:
+def assert_relatively_close(actual, expected, limit: float, what: str = "") -> None:
     """Largest absolute difference over largest magnitude: the measure of golden/README.md."""
     actual, expected = (torch.as_tensor(x).detach().cpu().double() for x in (actual, expected))
-    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    )
     difference = (actual - expected).abs().max() if actual.numel() else torch.tensor(0.0)
-    scale = expected.abs().max() if expected.numel() and expected.abs().max() > 0 else torch.tensor(1.0)
-    assert difference / scale <= limit, f"{what}: off by {difference / scale:.1e} of its magnitude, over {limit:.0e}"
+    scale = (
+        expected.abs().max() if expected.numel() and expected.abs().max() > 0 else torch.tensor(1.0)
+    )
+    assert difference / scale <= limit, (
+        f"{what}: off by {difference / scale:.1e} of its magnitude, over {limit:.0e}"
+    )

@@ -1,4 +1,5 @@
 """What all tests share: the import path, one Hypothesis profile, a fixed seed."""
+
 import os
 import sys
 from pathlib import Path
@@ -7,11 +8,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `pytest` works in a fresh clone
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # so that `pytest` works in a fresh clone
 
 # No deadline: the first call into torch takes longer than any. In CI the same examples every time.
-settings.register_profile("vitmsn", deadline=None, max_examples=20, derandomize=bool(os.environ.get("CI")),
-                          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.register_profile(
+    "vitmsn",
+    deadline=None,
+    max_examples=20,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 settings.load_profile("vitmsn")
 
 

@@ -1,4 +1,5 @@
 """bench.py: each suite runs on a tiny model and writes what it promises; FLOPs are those that torch counts."""
+
 import itertools
 import json
 import os
@@ -16,17 +17,35 @@ import bench
 from train_msn import make_config, run_program
 from vitmsn import ViTMSNForImageClassification, ViTMSNModel
 
-TINY = ["--hidden-size=24", "--num-hidden-layers=2", "--num-attention-heads=3", "--patch-size=8", "--image-size=32",
-        "--threads=1", "--repeats=2", "--device=cpu"]
-TRAINING = ["--batch-size=4", "--focal-size=16", "--focal-views=2", "--head-hidden-size=16", "--num-prototypes=8"]
+TINY = [
+    "--hidden-size=24",
+    "--num-hidden-layers=2",
+    "--num-attention-heads=3",
+    "--patch-size=8",
+    "--image-size=32",
+    "--threads=1",
+    "--repeats=2",
+    "--device=cpu",
+]
+TRAINING = [
+    "--batch-size=4",
+    "--focal-size=16",
+    "--focal-views=2",
+    "--head-hidden-size=16",
+    "--num-prototypes=8",
+]
 
 
 def run(tmp_path, capsys, *argv: str) -> tuple[list[dict], str]:
     path = tmp_path / "out.json"
-    assert run_program(bench.main, [*argv, *TINY, "--json", str(path)]) == 0, capsys.readouterr().err
+    assert run_program(bench.main, [*argv, *TINY, "--json", str(path)]) == 0, (
+        capsys.readouterr().err
+    )
     content, printed = json.loads(path.read_text()), capsys.readouterr().out
     machine = content["machine"]
-    assert all(str(machine[name]) in printed.splitlines()[0] for name in ("machine", "threads", "torch"))
+    assert all(
+        str(machine[name]) in printed.splitlines()[0] for name in ("machine", "threads", "torch")
+    )
     assert printed.count("\n| ") == 2 + len(content["rows"])  # names, dashes, rows
     return content["rows"], printed
 
@@ -42,22 +61,50 @@ def test_batch_size_means_batch_sizes_to_inference(tmp_path, capsys):
 
 def test_without_a_suite_it_prints_the_documented_table(tmp_path, capsys):
     rows, _ = run(tmp_path, capsys)
-    assert [(row["precision"], row["batch"]) for row in rows] == [("float32", b) for b in (1, 2, 4, 8)]
+    assert [(row["precision"], row["batch"]) for row in rows] == [
+        ("float32", b) for b in (1, 2, 4, 8)
+    ]
     for row in rows:
         assert_timed(row["eager"]), assert_timed(row["sdpa"])
-        assert row["eager / sdpa"] == row["eager"]["median"] / row["sdpa"]["median"] and 0 < row["sdpa, of peak"] < 1
+        assert (
+            row["eager / sdpa"] == row["eager"]["median"] / row["sdpa"]["median"]
+            and 0 < row["sdpa, of peak"] < 1
+        )
 
 
 def test_inference_is_set_beside_transformers_in_the_same_run(tmp_path, capsys):
     pytest.importorskip("transformers")
-    rows, _ = run(tmp_path, capsys, "inference", "--against", "transformers", "--attn", "sdpa", "--batch-sizes", "2",
-                  "--head", "classifier", "--precision", "float32", "bfloat16")
+    rows, _ = run(
+        tmp_path,
+        capsys,
+        "inference",
+        "--against",
+        "transformers",
+        "--attn",
+        "sdpa",
+        "--batch-sizes",
+        "2",
+        "--head",
+        "classifier",
+        "--precision",
+        "float32",
+        "bfloat16",
+    )
     assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
     assert all(row["sdpa, transformers / ours"] > 0 for row in rows)
 
 
 def test_train_shows_the_whole_step_its_memory_and_its_parts(tmp_path, capsys):
-    (row,), _ = run(tmp_path, capsys, "train", *TRAINING, "--attn", "eager", "--mask-ratio=0.5", "--precision=float32")
+    (row,), _ = run(
+        tmp_path,
+        capsys,
+        "train",
+        *TRAINING,
+        "--attn",
+        "eager",
+        "--mask-ratio=0.5",
+        "--precision=float32",
+    )
     assert_timed(row["step"])
     assert row["attention"] == "eager" and row["mask_ratio"] == 0.5 and row["of peak"] > 0
     assert row["step"]["memory"] > 50 and row["images/s"] == 4 / row["step"]["median"]
@@ -72,7 +119,9 @@ def test_masking_pays_only_for_the_patches_that_are_kept(tmp_path, capsys):
 
 
 def test_views_are_set_beside_pillow_s(tmp_path, capsys):
-    (row,), _ = run(tmp_path, capsys, "views", *TRAINING, "--blur", "1", "--source-size", "40", "50")
+    (row,), _ = run(
+        tmp_path, capsys, "views", *TRAINING, "--blur", "1", "--source-size", "40", "50"
+    )
     assert_timed(row["ours"]), assert_timed(row["Pillow"])
     assert row["views"] == 4 and row["source"] == "40x50" and row["Pillow / ours"] > 0
 
@@ -86,7 +135,9 @@ def test_growth_doubles_one_thing_at_a_time(tmp_path, capsys):
     for before, row in itertools.pairwise(rows):
         assert row["images/s"] == pytest.approx(row.get("batch_size", 4) / row["step"]["median"])
         if "power" in row:
-            assert 2 ** row["power"] == pytest.approx(row["step"]["median"] / before["step"]["median"])
+            assert 2 ** row["power"] == pytest.approx(
+                row["step"]["median"] / before["step"]["median"]
+            )
     assert ["power" in row for row in rows] == [False, True, True] * len(names)
 
 
@@ -110,7 +161,9 @@ def test_forward_flops_are_those_torch_counts(model_class):
     config = tiny_config(attn_implementation="eager", num_labels=0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model_class(config)(randn(3, 3, 32, 32))
-    assert counter.get_total_flops() == 3 * bench.forward_flops(config, 16, model_class is not ViTMSNModel)
+    assert counter.get_total_flops() == 3 * bench.forward_flops(
+        config, 16, model_class is not ViTMSNModel
+    )
 
 
 def test_step_flops_are_those_torch_counts_in_all_but_views_and_fused_attention():
@@ -122,4 +175,6 @@ def test_step_flops_are_those_torch_counts_in_all_but_views_and_fused_attention(
         with counter:
             part(new_input())
     counted = counters["step"].get_total_flops() - counters["views"].get_total_flops()
-    assert bench.step_flops(config) == pytest.approx(counted, rel=0.03)  # the target's attention is fused: not counted
+    assert bench.step_flops(config) == pytest.approx(
+        counted, rel=0.03
+    )  # the target's attention is fused: not counted

@@ -1,4 +1,5 @@
 """Every kind of picture and folder is read right or refused in words; nothing in a data file is ever executed."""
+
 import hashlib
 import http.client
 import io
@@ -28,13 +29,17 @@ from train_msn import (
     step_batches,
 )
 
-RAMP = np.linspace(0, 255, 12 * 8).reshape(8, 12).astype(np.uint8)  # 12 wide, 8 high, no two pixels alike
+RAMP = (
+    np.linspace(0, 255, 12 * 8).reshape(8, 12).astype(np.uint8)
+)  # 12 wide, 8 high, no two pixels alike
 CACHE = 2**20
 
 
 def save(path: Path, picture=RAMP, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path, **options)
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(
+        path, **options
+    )
     return path
 
 
@@ -44,27 +49,45 @@ def tree(folder: Path, *names: str) -> Path:
     return folder
 
 
-# -- folders -----------------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
+
 
 def test_a_folder_of_classes_has_labels_and_validation_images(tmp_path):
-    data = folder_images(tree(tmp_path, "train/b/1.png", "train/a c/2.JPG", "train/ä/3.webp", "val/ä/4.bmp"), 8, CACHE)
+    data = folder_images(
+        tree(tmp_path, "train/b/1.png", "train/a c/2.JPG", "train/ä/3.webp", "val/ä/4.bmp"),
+        8,
+        CACHE,
+    )
     assert data.classes == ["a c", "b", "ä"] and [len(data.train), len(data.val)] == [3, 1]
     assert data.train_labels.tolist() == [0, 1, 2] and data.val_labels.tolist() == [2]
     assert data.val.__getitems__([0]).images.unique().tolist() == [30]
 
 
-@pytest.mark.parametrize("names", [
-    ("1.png", "2.png"), ("deep/er/1.png", "deep/2.png"), ("train/1.png", "train/2.png"),
-    ("train/a/1.png", "train/a/b/2.png", "val/a/3.png"), ("train/a/1.png", "train/b/2.png")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("1.png", "2.png"),
+        ("deep/er/1.png", "deep/2.png"),
+        ("train/1.png", "train/2.png"),
+        ("train/a/1.png", "train/a/b/2.png", "val/a/3.png"),
+        ("train/a/1.png", "train/b/2.png"),
+    ],
+)
 def test_any_other_tree_is_images_without_labels(names, tmp_path):
     (tree(tmp_path, *names) / "notes.txt").write_text("no picture")
     data = folder_images(tmp_path, 8, CACHE)
     assert len(data.train) == 2 and data.train_labels is data.val is data.val_labels is None
 
 
-@pytest.mark.parametrize("names, says", [
-    ((), "holds no image"), (("train/a/1.png", "val/b/2.png"), "classes that train lacks: b"),
-    (("val/a/1.png", "train/readme.txt.png/x.md"), "holds no image"), (None, "is no folder")])
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        ((), "holds no image"),
+        (("train/a/1.png", "val/b/2.png"), "classes that train lacks: b"),
+        (("val/a/1.png", "train/readme.txt.png/x.md"), "holds no image"),
+        (None, "is no folder"),
+    ],
+)
 def test_folders_that_cannot_be_trained_on_are_refused(names, says, tmp_path):
     for name in names or ():
         (tmp_path / name).parent.mkdir(parents=True)
@@ -80,7 +103,7 @@ def test_fewer_images_than_the_batch_say_how_many_there_are(count, tmp_path, cap
     assert f"{count} training images are fewer than batch_size=6" in capsys.readouterr().err
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 GREY, SIXTEEN = Image.fromarray(RAMP), RAMP.astype(np.uint16) * 257
 BIG_ENDIAN = Image.frombytes("I;16B", (12, 8), SIXTEEN.astype(">u2").tobytes())
@@ -89,46 +112,91 @@ EXIF = Image.Exif()
 EXIF[0x0112] = 6  # lies on its left side
 
 
-@pytest.mark.parametrize("name, picture, options, expected, limit", [
-    ("grey.png", RAMP, {}, RAMP, 0), ("colour.bmp", COLOUR, {}, COLOUR, 0), ("16-bit.png", SIXTEEN, {}, RAMP, 0),
-    ("black-and-white.png", GREY.convert("1", dither=0), {}, (RAMP > 127) * 255, 0),
-    ("palette.gif", GREY.convert("P"), {}, RAMP, 0), ("grey alpha.png", Image.merge("LA", [GREY] * 2), {}, RAMP, 0),
-    ("16-bit.tif", SIXTEEN, {}, RAMP, 0), ("big-endian.tif", BIG_ENDIAN, {}, RAMP, 0),
-    ("alpha.png", np.dstack([COLOUR, RAMP]), {}, COLOUR, 0),
-    ("alpha.webp", np.dstack([COLOUR, np.full_like(RAMP, 9)]), {"lossless": True, "exact": True}, COLOUR, 0),
-    ("cmyk.jpg", Image.fromarray(COLOUR).convert("CMYK"), {"quality": 100}, COLOUR, 4),
-    ("cmyk.tif", Image.fromarray(COLOUR).convert("CMYK"), {}, COLOUR, 1), ("grey.jpg", RAMP, {"quality": 100}, RAMP, 2),
-    ("turned.png", COLOUR, {"exif": EXIF}, np.rot90(COLOUR, -1), 0),
-    ("animated.gif", GREY, {"save_all": True, "append_images": [Image.fromarray(255 - RAMP)]}, RAMP, 0),
-    ("pixel.png", RAMP[:1, :1], {}, RAMP[:1, :1], 0), ("fälschlich .JPG", RAMP, {"format": "png"}, RAMP, 0)])
-def test_every_kind_of_picture_is_read_as_upright_rgb(name, picture, options, expected, limit, tmp_path):
+@pytest.mark.parametrize(
+    "name, picture, options, expected, limit",
+    [
+        ("grey.png", RAMP, {}, RAMP, 0),
+        ("colour.bmp", COLOUR, {}, COLOUR, 0),
+        ("16-bit.png", SIXTEEN, {}, RAMP, 0),
+        ("black-and-white.png", GREY.convert("1", dither=0), {}, (RAMP > 127) * 255, 0),
+        ("palette.gif", GREY.convert("P"), {}, RAMP, 0),
+        ("grey alpha.png", Image.merge("LA", [GREY] * 2), {}, RAMP, 0),
+        ("16-bit.tif", SIXTEEN, {}, RAMP, 0),
+        ("big-endian.tif", BIG_ENDIAN, {}, RAMP, 0),
+        ("alpha.png", np.dstack([COLOUR, RAMP]), {}, COLOUR, 0),
+        (
+            "alpha.webp",
+            np.dstack([COLOUR, np.full_like(RAMP, 9)]),
+            {"lossless": True, "exact": True},
+            COLOUR,
+            0,
+        ),
+        ("cmyk.jpg", Image.fromarray(COLOUR).convert("CMYK"), {"quality": 100}, COLOUR, 4),
+        ("cmyk.tif", Image.fromarray(COLOUR).convert("CMYK"), {}, COLOUR, 1),
+        ("grey.jpg", RAMP, {"quality": 100}, RAMP, 2),
+        ("turned.png", COLOUR, {"exif": EXIF}, np.rot90(COLOUR, -1), 0),
+        (
+            "animated.gif",
+            GREY,
+            {"save_all": True, "append_images": [Image.fromarray(255 - RAMP)]},
+            RAMP,
+            0,
+        ),
+        ("pixel.png", RAMP[:1, :1], {}, RAMP[:1, :1], 0),
+        ("fälschlich .JPG", RAMP, {"format": "png"}, RAMP, 0),
+    ],
+)
+def test_every_kind_of_picture_is_read_as_upright_rgb(
+    name, picture, options, expected, limit, tmp_path
+):
     pixels = load_image(save(tmp_path / name, picture, **options), 64).numpy()
     expected = expected if expected.ndim == 3 else np.stack([expected] * 3, axis=2)
     assert pixels.dtype == np.uint8 and pixels.shape == expected.transpose(2, 0, 1).shape
     assert np.abs(pixels.transpose(1, 2, 0).astype(int) - expected).max() <= limit
 
 
-@pytest.mark.parametrize("size, side, expected", [
-    ((300, 200), 100, (100, 150)), ((40, 30), 100, (30, 40)), ((4000, 2), 8, (1, 32)), ((1, 5000), 16, (64, 1)),
-    ((2000, 1000), 50, (50, 100))])
+@pytest.mark.parametrize(
+    "size, side, expected",
+    [
+        ((300, 200), 100, (100, 150)),
+        ((40, 30), 100, (30, 40)),
+        ((4000, 2), 8, (1, 32)),
+        ((1, 5000), 16, (64, 1)),
+        ((2000, 1000), 50, (50, 100)),
+    ],
+)
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_large_pictures_are_reduced_to_a_shorter_side_or_four_times_that(size, side, expected, suffix, tmp_path):
+def test_large_pictures_are_reduced_to_a_shorter_side_or_four_times_that(
+    size, side, expected, suffix, tmp_path
+):
     path = save(tmp_path / f"a.{suffix}", Image.linear_gradient("L").resize(size))
     pixels = load_image(path, side).float()
     assert pixels.shape == (3, *expected)
-    small = Image.linear_gradient("L").resize(expected[::-1], Image.Resampling.BILINEAR, reducing_gap=2)
+    small = Image.linear_gradient("L").resize(
+        expected[::-1], Image.Resampling.BILINEAR, reducing_gap=2
+    )
     assert (pixels - torch.from_numpy(np.array(small))).abs().mean() < 8
 
 
-# -- files that cannot be read -----------------------------------------------------------------------------------------
+# -- files that cannot be read ---------------------------------------------------------------------
+
 
 def damaged(folder: Path) -> list[Path]:
     """One of every kind of file that is no readable picture, sorted in among readable ones."""
     noise = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
-    whole = {s: save(folder / f"0.{s}", noise).read_bytes() for s in ("png", "jpg", "gif", "tif", "webp")}
-    contents = {"1 empty.png": b"", "1 text.jpg": "Bäume".encode(), "1 zip.png": b"PK\x03\x04", "1 svg.png": b"<svg/>",
-                **{f"1 cut.{suffix}": content[:len(content) * 2 // 3] for suffix, content in whole.items()},
-                **{f"1 head.{suffix}": content[:20] for suffix, content in whole.items()}}
+    whole = {
+        s: save(folder / f"0.{s}", noise).read_bytes() for s in ("png", "jpg", "gif", "tif", "webp")
+    }
+    contents = {
+        "1 empty.png": b"",
+        "1 text.jpg": "Bäume".encode(),
+        "1 zip.png": b"PK\x03\x04",
+        "1 svg.png": b"<svg/>",
+        **{
+            f"1 cut.{suffix}": content[: len(content) * 2 // 3] for suffix, content in whole.items()
+        },
+        **{f"1 head.{suffix}": content[:20] for suffix, content in whole.items()},
+    }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     return sorted(folder / name for name in contents)
@@ -138,7 +206,10 @@ def damaged(folder: Path) -> list[Path]:
 def mixed(tmp_path):
     """24 good pictures, each of its own grey; in the middle those that are damaged."""
     for i in range(24):
-        save(tmp_path / "train" / f"{'0' if i < 12 else '2'} {i:02d}.png", np.full((6, 6), 10 * i, np.uint8))
+        save(
+            tmp_path / "train" / f"{'0' if i < 12 else '2'} {i:02d}.png",
+            np.full((6, 6), 10 * i, np.uint8),
+        )
     return tmp_path / "train", damaged(tmp_path / "train")
 
 
@@ -153,10 +224,15 @@ def test_the_next_readable_picture_stands_in_the_same_for_every_rank_and_number_
     assert set(batch.unreadable) == set(map(str, bad))
     assert batch.images[first].equal(batch.images[batch.indices[first]])
     config = make_config({"batch_size": 12})
-    whole, halves = (list(step_batches(config, len(files), range(6), rows)) for rows in (slice(0, 12), slice(6, 12)))
+    whole, halves = (
+        list(step_batches(config, len(files), range(6), rows))
+        for rows in (slice(0, 12), slice(6, 12))
+    )
     for workers in (0, 2):
-        loaders = [DataLoader(files, batch_sampler=batches, collate_fn=Batch._make, num_workers=workers)
-                   for batches in (whole, halves)]
+        loaders = [
+            DataLoader(files, batch_sampler=batches, collate_fn=Batch._make, num_workers=workers)
+            for batches in (whole, halves)
+        ]
         for all_rows, second in zip(*loaders, strict=True):
             assert all_rows.indices[6:] == second.indices
             assert all_rows.images[6:, :, :6, :6].equal(second.images[:, :, :6, :6])
@@ -169,7 +245,11 @@ def test_a_run_names_each_unreadable_file_once_with_a_count_and_goes_on(tmp_path
     bad[1].write_text("nothing to see")
     assert run_here(*TINY, "--data", folder, "--output-dir", tmp_path / "run") == 0
     printed = capsys.readouterr().err
-    assert all(printed.count(str(path)) == 1 for path in bad) and "1 so far" in printed and "2 so far" in printed
+    assert (
+        all(printed.count(str(path)) == 1 for path in bad)
+        and "1 so far" in printed
+        and "2 so far" in printed
+    )
 
 
 def test_links_to_folders_are_followed(tmp_path):
@@ -188,7 +268,9 @@ def test_links_to_folders_are_followed(tmp_path):
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_mostly_unreadable_folder_is_refused_with_counts(tmp_path):
     bad = damaged(tmp_path)
-    with pytest.raises(ValueError, match=rf"of {len(bad) + 5} files tried in .*, only 5 are readable"):
+    with pytest.raises(
+        ValueError, match=rf"of {len(bad) + 5} files tried in .*, only 5 are readable"
+    ):
         ImageFiles(train_msn.image_paths(tmp_path), 8, 0)
 
 
@@ -199,7 +281,9 @@ def test_files_that_vanish_during_a_run_are_an_error_in_words(tmp_path):
         files.__getitems__([0, 1])
 
 
-@pytest.mark.parametrize("side", [11, 15])  # above Pillow's limit, where it warns, and above twice that
+@pytest.mark.parametrize(
+    "side", [11, 15]
+)  # above Pillow's limit, where it warns, and above twice that
 def test_an_image_bomb_is_unreadable(side, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     tree(tmp_path, "1.png", "2.png", "3.png")
@@ -210,23 +294,35 @@ def test_an_image_bomb_is_unreadable(side, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("pictures_that_fit", [0, 3, 100])
-def test_decoded_pictures_are_kept_up_to_the_stated_size_and_read_alike(pictures_that_fit, tmp_path):
+def test_decoded_pictures_are_kept_up_to_the_stated_size_and_read_alike(
+    pictures_that_fit, tmp_path
+):
     tree(tmp_path, *(f"{i:02d}.png" for i in range(10)))
     files = ImageFiles(train_msn.image_paths(tmp_path), 8, pictures_that_fit * 108 + 50)
     once, again = (files.__getitems__(list(range(10))).images for _ in range(2))
     assert once.equal(again) and len(files.cache) == min(pictures_that_fit, 10)
-    assert sum(image.untyped_storage().nbytes() for image in files.cache.values()) <= pictures_that_fit * 108 + 50
+    assert (
+        sum(image.untyped_storage().nbytes() for image in files.cache.values())
+        <= pictures_that_fit * 108 + 50
+    )
 
 
 def test_workers_share_the_stated_cache(tmp_path):
     make_pictures(tmp_path)
-    limits = [train_msn.open_data(make_config({"data": str(tmp_path), "cache_mb": 8, "num_workers": workers})).train
-              for workers in (0, 3)]
-    kept = [files.free_bytes + sum(image.nbytes for image in files.cache.values()) for files in limits]
+    limits = [
+        train_msn.open_data(
+            make_config({"data": str(tmp_path), "cache_mb": 8, "num_workers": workers})
+        ).train
+        for workers in (0, 3)
+    ]
+    kept = [
+        files.free_bytes + sum(image.nbytes for image in files.cache.values()) for files in limits
+    ]
     assert kept == [8 * 2**20, 2 * 2**20]  # the main process reads too
 
 
-# -- CIFAR-10 ----------------------------------------------------------------------------------------------------------
+# -- CIFAR-10 --------------------------------------------------------------------------------------
+
 
 def string(text: bytes) -> bytes:
     return b"U" + bytes([len(text)]) + text
@@ -234,19 +330,43 @@ def string(text: bytes) -> bytes:
 
 def python2_batch(pixels: np.ndarray, labels: list[int]) -> bytes:
     """Opcode by opcode what Python 2 and numpy 1 wrote: strings are bytes, numpy.core has no underscore."""
-    minus_one, shape = b"J\xff\xff\xff\xff", b"M" + len(pixels).to_bytes(2, "little") + b"M\x00\x0c\x86"
-    dtype = (b"cnumpy\ndtype\n" + string(b"u1") + b"K\x00K\x01\x87R(K\x03" + string(b"|") + b"NNN" + 2 * minus_one
-             + b"K\x00tb")
-    array = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + string(b"b") + b"\x87R(K\x01" + shape
-             + dtype + b"\x89T" + pixels.nbytes.to_bytes(4, "little") + pixels.tobytes() + b"tb")
-    items = [string(b"labels") + b"](" + b"".join(b"K" + bytes([x]) for x in labels) + b"e", string(b"data") + array,
-             string(b"batch_label") + string(b"training batch 1 of 5"),
-             string(b"filenames") + b"](" + string(b"a.png") + b"e"]
+    minus_one, shape = (
+        b"J\xff\xff\xff\xff",
+        b"M" + len(pixels).to_bytes(2, "little") + b"M\x00\x0c\x86",
+    )
+    dtype = (
+        b"cnumpy\ndtype\n"
+        + string(b"u1")
+        + b"K\x00K\x01\x87R(K\x03"
+        + string(b"|")
+        + b"NNN"
+        + 2 * minus_one
+        + b"K\x00tb"
+    )
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85"
+        + string(b"b")
+        + b"\x87R(K\x01"
+        + shape
+        + dtype
+        + b"\x89T"
+        + pixels.nbytes.to_bytes(4, "little")
+        + pixels.tobytes()
+        + b"tb"
+    )
+    items = [
+        string(b"labels") + b"](" + b"".join(b"K" + bytes([x]) for x in labels) + b"e",
+        string(b"data") + array,
+        string(b"batch_label") + string(b"training batch 1 of 5"),
+        string(b"filenames") + b"](" + string(b"a.png") + b"e",
+    ]
     return b"\x80\x02}(" + b"".join(items) + b"u."
 
 
 def python3_batch(protocol: int):
-    return lambda pixels, labels: pickle.dumps({b"data": pixels, b"labels": labels, b"batch_label": b"x"}, protocol)
+    return lambda pixels, labels: pickle.dumps(
+        {b"data": pixels, b"labels": labels, b"batch_label": b"x"}, protocol
+    )
 
 
 def some_images(count: int, seed: int = 0) -> tuple[np.ndarray, list[int]]:
@@ -281,20 +401,29 @@ def nested(depth: int) -> list:
     return [nested(depth - 1)] * 10 if depth else [0]
 
 
-@pytest.mark.parametrize("content", [
-    lambda trap: pickle.dumps(Payload(os.mkdir, trap), 2),
-    lambda trap: pickle.dumps({b"data": Payload(os.mkdir, trap)}, 4),
-    lambda trap: f"c__builtin__\neval\n(S'open({trap!r}, \"w\")'\ntR.".encode(),
-    lambda trap: f"cposix\nsystem\n(S'mkdir {trap}'\ntR.".encode(),
-    # Not code, but as bad: an array of objects whose addresses the file may choose, a list that fills all memory.
-    lambda trap: pickle.dumps({b"data": Payload(np.ndarray, (1,), np.dtype("O"), b"\x01" * 8), b"labels": [1]}, 2),
-    lambda trap: pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": nested(12)}, 4),
-    lambda trap: pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": 10**11}, 4),
-    lambda trap: pickle.dumps({b"data": np.zeros((1, 3072), object), b"labels": [1]}, 2),
-    lambda trap: pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}, 2),
-    lambda trap: pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, 2),
-    lambda trap: pickle.dumps({b"data": np.zeros((1, 3072), np.uint8)}, 2), lambda trap: b"",
-    lambda trap: pickle.dumps([1, 2], 2)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda trap: pickle.dumps(Payload(os.mkdir, trap), 2),
+        lambda trap: pickle.dumps({b"data": Payload(os.mkdir, trap)}, 4),
+        lambda trap: f"c__builtin__\neval\n(S'open({trap!r}, \"w\")'\ntR.".encode(),
+        lambda trap: f"cposix\nsystem\n(S'mkdir {trap}'\ntR.".encode(),
+        # Not code, but as bad: an array of objects whose addresses the file may choose, a list that fills all memory.
+        lambda trap: pickle.dumps(
+            {b"data": Payload(np.ndarray, (1,), np.dtype("O"), b"\x01" * 8), b"labels": [1]}, 2
+        ),
+        lambda trap: pickle.dumps(
+            {b"data": np.zeros((1, 3072), np.uint8), b"labels": nested(12)}, 4
+        ),
+        lambda trap: pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": 10**11}, 4),
+        lambda trap: pickle.dumps({b"data": np.zeros((1, 3072), object), b"labels": [1]}, 2),
+        lambda trap: pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}, 2),
+        lambda trap: pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, 2),
+        lambda trap: pickle.dumps({b"data": np.zeros((1, 3072), np.uint8)}, 2),
+        lambda trap: b"",
+        lambda trap: pickle.dumps([1, 2], 2),
+    ],
+)
 def test_a_hostile_or_damaged_batch_is_refused_and_nothing_runs(content, tmp_path):
     (tmp_path / "test_batch").write_bytes(python2_batch(*some_images(2)))
     (tmp_path / "data_batch_1").write_bytes(content(str(tmp_path / "executed")))
@@ -305,12 +434,17 @@ def test_a_hostile_or_damaged_batch_is_refused_and_nothing_runs(content, tmp_pat
 
 def test_batches_without_the_test_batch_are_not_downloaded_again_but_named(tmp_path, monkeypatch):
     (tmp_path / "data_batch_1").write_bytes(python2_batch(*some_images(2)))
-    monkeypatch.setattr(train_msn.urllib.request, "urlopen", lambda *_, **__: pytest.fail("downloads"))
+    monkeypatch.setattr(
+        train_msn.urllib.request, "urlopen", lambda *_, **__: pytest.fail("downloads")
+    )
     with pytest.raises(ValueError, match="test_batch"):
         train_msn.cifar10_images(tmp_path)
 
 
-FILES = [f"cifar-10-batches-py/{name}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
+FILES = [
+    f"cifar-10-batches-py/{name}"
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+]
 
 
 def archive(*more: str) -> bytes:
@@ -350,15 +484,31 @@ def test_no_archive_writes_outside_of_its_folder(name, tmp_path, monkeypatch):
     serve(monkeypatch, content)
     monkeypatch.setattr(train_msn, "CIFAR10_SHA256", hashlib.sha256(content).hexdigest())
     cifar10_images(tmp_path / "data")
-    assert {p.parent for p in tmp_path.rglob("*") if p.is_file()} == {tmp_path / "data" / "cifar-10-batches-py"}
+    assert {p.parent for p in tmp_path.rglob("*") if p.is_file()} == {
+        tmp_path / "data" / "cifar-10-batches-py"
+    }
 
 
-@pytest.mark.parametrize("content, says", [(archive(), "SHA-256"), (b"<html>moved</html>", "SHA-256"), (b"", "SHA-256"),
-                                           (http.client.IncompleteRead(b"12", 34), "IncompleteRead"),
-                                           (ConnectionResetError("reset by peer"), "reset by peer")])
-def test_a_download_that_is_not_the_published_file_is_not_unpacked(content, says, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (archive(), "SHA-256"),
+        (b"<html>moved</html>", "SHA-256"),
+        (b"", "SHA-256"),
+        (http.client.IncompleteRead(b"12", 34), "IncompleteRead"),
+        (ConnectionResetError("reset by peer"), "reset by peer"),
+    ],
+)
+def test_a_download_that_is_not_the_published_file_is_not_unpacked(
+    content, says, tmp_path, monkeypatch, capsys
+):
     serve(monkeypatch, content)
-    assert run_here("--recipe", "cifar10", "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "run") == 1
+    assert (
+        run_here(
+            "--recipe", "cifar10", "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "run"
+        )
+        == 1
+    )
     assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,5 @@
 """The number of processes changes nothing: same batch, views, masks, losses and weights."""
+
 import csv
 import os
 import re
@@ -20,14 +21,23 @@ from train_msn import GlobalBatchNorm1d
 
 @pytest.fixture(scope="module")
 def one_process_group(tmp_path_factory):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1), rank=0,
-                            world_size=1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1),
+        rank=0,
+        world_size=1,
+    )
     yield
     dist.destroy_process_group()
 
 
 @settings(deadline=None)
-@given(rows=st.integers(2, 20), mean=st.floats(-1e4, 1e4), deviation=st.floats(0.1, 10), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(2, 20),
+    mean=st.floats(-1e4, 1e4),
+    deviation=st.floats(0.1, 10),
+    seed=st.integers(0, 99),
+)
 def test_the_batch_norm_of_many_processes_is_torchs(rows, mean, deviation, seed, one_process_group):
     generator = torch.Generator().manual_seed(seed)
     ours, theirs = GlobalBatchNorm1d(3).double(), torch.nn.BatchNorm1d(3).double()
@@ -45,7 +55,11 @@ def test_the_batch_norm_of_many_processes_is_torchs(rows, mean, deviation, seed,
 @pytest.mark.parametrize("value", [0.0, 1.0, -333.3, 1e4])
 def test_batch_norm_of_rows_that_are_all_alike_is_finite_in_float32(value, one_process_group):
     norm = GlobalBatchNorm1d(50)
-    x = (value * (1 + 0.1 * torch.rand(50, generator=torch.Generator().manual_seed(0)))).repeat(7, 1).requires_grad_()
+    x = (
+        (value * (1 + 0.1 * torch.rand(50, generator=torch.Generator().manual_seed(0))))
+        .repeat(7, 1)
+        .requires_grad_()
+    )
     norm(x).sum().backward()
     assert torch.isfinite(norm(x)).all() and torch.isfinite(x.grad).all()
 
@@ -56,8 +70,22 @@ def pictures(tmp_path_factory):
 
 
 def flags(pictures, folder, *more):
-    return (*TINY, "--data", pictures, "--output-dir", folder, "--precision", "float64", "--max-steps", "10",
-            "--memax-weight", "2", "--knn-every", "0", *more)
+    return (
+        *TINY,
+        "--data",
+        pictures,
+        "--output-dir",
+        folder,
+        "--precision",
+        "float64",
+        "--max-steps",
+        "10",
+        "--memax-weight",
+        "2",
+        "--knn-every",
+        "0",
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +98,23 @@ def alone(pictures, tmp_path_factory):
 def losses(folder):
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return torch.tensor([[float(row[k]) for k in ("loss", "cross_entropy", "memax", "entropy", "prototypes_used",
-                                                  "grad_norm")] for row in rows], dtype=torch.float64)
+    return torch.tensor(
+        [
+            [
+                float(row[k])
+                for k in (
+                    "loss",
+                    "cross_entropy",
+                    "memax",
+                    "entropy",
+                    "prototypes_used",
+                    "grad_norm",
+                )
+            ]
+            for row in rows
+        ],
+        dtype=torch.float64,
+    )
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -79,33 +122,61 @@ def test_many_processes_give_the_losses_and_weights_of_one(count, pictures, alon
     status, printed = finish(start(*flags(pictures, tmp_path / "run"), processes=count))
     assert status == 0, printed
     torch.testing.assert_close(losses(tmp_path / "run"), losses(alone), rtol=1e-5, atol=1e-9)
-    one, many = (vitmsn.read_tensors(folder / "checkpoint.pt") for folder in (alone, tmp_path / "run"))
+    one, many = (
+        vitmsn.read_tensors(folder / "checkpoint.pt") for folder in (alone, tmp_path / "run")
+    )
     torch.testing.assert_close(many["prototypes"], one["prototypes"], rtol=0, atol=1e-5)
     for name in one["encoder"]:
         for part in ("encoder", "target_encoder"):
-            torch.testing.assert_close(many[part][name], one[part][name], rtol=0, atol=1e-5, msg=f"{part} {name}")
+            torch.testing.assert_close(
+                many[part][name], one[part][name], rtol=0, atol=1e-5, msg=f"{part} {name}"
+            )
 
 
 def test_a_batch_that_the_processes_cant_share_evenly_is_refused(pictures, tmp_path):
-    status, printed = finish(start(*flags(pictures, tmp_path / "run", "--batch-size", "7"), processes=2))
+    status, printed = finish(
+        start(*flags(pictures, tmp_path / "run", "--batch-size", "7"), processes=2)
+    )
     assert status != 0 and "is no even share" in printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, 3])
-def test_a_rank_that_dies_ends_the_job_or_under_max_restarts_goes_on_from_the_checkpoint(restarts, pictures, tmp_path):
+def test_a_rank_that_dies_ends_the_job_or_under_max_restarts_goes_on_from_the_checkpoint(
+    restarts, pictures, tmp_path
+):
     folder = tmp_path / "run"
-    process = start(*flags(pictures, folder, "--resume", "--epochs", "100000", "--max-steps", "100",
-                           "--checkpoint-every", "1"), processes=2, restarts=restarts)
+    process = start(
+        *flags(
+            pictures,
+            folder,
+            "--resume",
+            "--epochs",
+            "100000",
+            "--max-steps",
+            "100",
+            "--checkpoint-every",
+            "1",
+        ),
+        processes=2,
+        restarts=restarts,
+    )
     while not (folder / "checkpoint.pt").exists():
         time.sleep(0.1)
         assert process.poll() is None
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     status, printed = finish(process)
     went_on = re.search("[1-9][0-9]* of 100 steps are done", printed) is not None
-    assert (status == 0, went_on, (folder / "summary.json").exists()) == (restarts > 0,) * 3, printed
-    steps = [line.split(",")[0] for line in (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()[1:]]
+    assert (status == 0, went_on, (folder / "summary.json").exists()) == (restarts > 0,) * 3, (
+        printed
+    )
+    steps = [
+        line.split(",")[0]
+        for line in (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()[1:]
+    ]
     assert [int(step) for step in steps] == list(range(100 if restarts else len(steps)))
 
 

@@ -1,4 +1,5 @@
 """Whatever is typed or found in a file gives one clear line; exit status 2 for bad usage, 1 for failure."""
+
 import importlib
 import io
 import json
@@ -22,31 +23,53 @@ import train_msn
 from train_msn import UsageError, make_config, run_program
 from vitmsn import ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, read_tensors
 
-# -- bad command lines -------------------------------------------------------------------------------------------------
+# -- bad command lines -----------------------------------------------------------------------------
 
 OWN_ROWS = [  # program, flags, exit status, what the line says; capitals stand for the paths of the fixture `places`
-    ("train_msn", "--nonsense 1", 2, "--nonsense"), ("train_msn", "picture.jpg", 2, "picture.jpg"),
-    ("train_msn", "--seed", 2, "expected one argument"), ("train_msn", "--recipe demu", 2, "demo, cifar10, imagenette"),
-    ("train_msn", "--image-size 30", 2, "a view of 30 pixels is no whole patches; use a multiple of 4"),
-    ("train_msn", "--focal-size 15", 2, "a view of 15"), ("train_msn", "--patch-size 64", 2, "multiple of 64"),
+    ("train_msn", "--nonsense 1", 2, "--nonsense"),
+    ("train_msn", "picture.jpg", 2, "picture.jpg"),
+    ("train_msn", "--seed", 2, "expected one argument"),
+    ("train_msn", "--recipe demu", 2, "demo, cifar10, imagenette"),
+    (
+        "train_msn",
+        "--image-size 30",
+        2,
+        "a view of 30 pixels is no whole patches; use a multiple of 4",
+    ),
+    ("train_msn", "--focal-size 15", 2, "a view of 15"),
+    ("train_msn", "--patch-size 64", 2, "multiple of 64"),
     ("train_msn", "--random-views 0 --focal-views 0", 2, "at least one anchor view"),
     ("train_msn", "--num-attention-heads 5", 2, "num_attention_heads=5"),
-    ("train_msn", "--mask-ratio 0.995", 2, "leaves none"), ("train_msn", "--crop-scale 0.8 0.2", 2, "crop_scale"),
-    ("train_msn", "--blur-sigma 1", 2, "expected 2 arguments"), ("train_msn", "--device cuda", 2, "no CUDA device"),
-    ("train_msn", "--data nowhere", 2, "nowhere is no folder"), ("train_msn", "--data FILE", 2, "is no folder"),
-    ("train_msn", "--data EMPTY", 2, "holds no image"), ("train_msn", "--batch-size 400", 2, "24 training images"),
-    ("train_msn", "--output-dir FILE", 1, "notes.txt"), ("train_msn", "--output-dir FILE/run", 1, "notes.txt"),
+    ("train_msn", "--mask-ratio 0.995", 2, "leaves none"),
+    ("train_msn", "--crop-scale 0.8 0.2", 2, "crop_scale"),
+    ("train_msn", "--blur-sigma 1", 2, "expected 2 arguments"),
+    ("train_msn", "--device cuda", 2, "no CUDA device"),
+    ("train_msn", "--data nowhere", 2, "nowhere is no folder"),
+    ("train_msn", "--data FILE", 2, "is no folder"),
+    ("train_msn", "--data EMPTY", 2, "holds no image"),
+    ("train_msn", "--batch-size 400", 2, "24 training images"),
+    ("train_msn", "--output-dir FILE", 1, "notes.txt"),
+    ("train_msn", "--output-dir FILE/run", 1, "notes.txt"),
     ("train_msn", "--output-dir BROKEN --resume", 1, "can be read"),
-    ("train_msn", "--init-from FILE", 1, "notes.txt can't be read"), ("bench", "nonsense", 2, "nonsense"),
+    ("train_msn", "--init-from FILE", 1, "notes.txt can't be read"),
+    ("bench", "nonsense", 2, "nonsense"),
     ("train_msn", "--init-from EMPTY", 1, "holds none of"),
     ("train_msn", "--init-from OTHER", 1, "weights are missing"),
     ("train_msn", "--init-from nowhere", 1, "nowhere is neither a file nor a folder"),
     ("finetune", "--nonsense 1", 2, "--nonsense"),
     ("finetune", "--device cuda --checkpoint OTHER --data DATA", 2, "CUDA"),
-    ("bench", "--threads 0", 2, "--threads"), ("bench", "--device cuda", 2, "GPU"),
-    ("bench", "--repeats none", 2, "--repeats"), ("bench", "--preset huge-1", 2, "huge-1"),
-    ("bench", "train --threads 1 --lr -1", 2, "lr=-1.0"), ("bench", "--batch-sizes 0 --threads 1", 2, "batch-sizes"),
-    ("bench", "train --threads 1 --hidden-size 10 --num-attention-heads 3", 2, "num_attention_heads=3"),
+    ("bench", "--threads 0", 2, "--threads"),
+    ("bench", "--device cuda", 2, "GPU"),
+    ("bench", "--repeats none", 2, "--repeats"),
+    ("bench", "--preset huge-1", 2, "huge-1"),
+    ("bench", "train --threads 1 --lr -1", 2, "lr=-1.0"),
+    ("bench", "--batch-sizes 0 --threads 1", 2, "batch-sizes"),
+    (
+        "bench",
+        "train --threads 1 --hidden-size 10 --num-attention-heads 3",
+        2,
+        "num_attention_heads=3",
+    ),
 ]
 
 
@@ -58,11 +81,17 @@ def field_rows(program: str, config_class: type):
             yield program, f"{flag}=nonsense", 2, flag
         elif limits:
             unit, name = 1 if f.type is int else limits[1] / 10 + 1e-6, f.name
-            values = [limits[0] - unit, limits[1] + unit, *(["nan", "inf"] if f.type is not int else [])]
+            values = [
+                limits[0] - unit,
+                limits[1] + unit,
+                *(["nan", "inf"] if f.type is not int else []),
+            ]
             pair = f" {limits[1]}" if f.type is tuple else ""
             command = "predict OTHER FILE " if name == "top" else ""  # of no use to the table
-            yield from ((program, f"{command}{flag}{' ' if pair else '='}{value}{pair}", 2, f"{name}=")
-                        for value in values)
+            yield from (
+                (program, f"{command}{flag}{' ' if pair else '='}{value}{pair}", 2, f"{name}=")
+                for value in values
+            )
             yield program, f"{command}{flag} x{pair}", 2, flag
 
 
@@ -72,8 +101,15 @@ def module_of(program: str):
 
 
 CONFIGS = {"train_msn": "TrainConfig", "finetune": "FinetuneConfig"}
-ROWS = [*OWN_ROWS, *(row for program, name in CONFIGS.items() if module_of(program)
-                     for row in field_rows(program, getattr(module_of(program), name)))]
+ROWS = [
+    *OWN_ROWS,
+    *(
+        row
+        for program, name in CONFIGS.items()
+        if module_of(program)
+        for row in field_rows(program, getattr(module_of(program), name))
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +122,13 @@ def places(tmp_path_factory):
     (folder / "broken" / "checkpoint.pt").write_bytes(b"cut off")
     config = ViTMSNConfig(8, 1, 1, 8, image_size=16, patch_size=8)
     ViTMSNModel(config).save_pretrained(folder / "other")
-    return {"FILE": folder / "notes.txt", "EMPTY": folder / "empty", "OTHER": folder / "other",
-            "BROKEN": folder / "broken", "DATA": make_pictures(folder / "data")}
+    return {
+        "FILE": folder / "notes.txt",
+        "EMPTY": folder / "empty",
+        "OTHER": folder / "other",
+        "BROKEN": folder / "broken",
+        "DATA": make_pictures(folder / "data"),
+    }
 
 
 def complaint(main, arguments: list[str], capsys) -> tuple[int, str]:
@@ -99,17 +140,26 @@ def complaint(main, arguments: list[str], capsys) -> tuple[int, str]:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     last = lines.pop()
     assert "error: " in last and len(last) < 500
-    assert len(lines) < 2 and all(line.startswith("usage: ") or "Trying the checkpoint" in line for line in lines)
+    assert len(lines) < 2 and all(
+        line.startswith("usage: ") or "Trying the checkpoint" in line for line in lines
+    )
     return status, last
 
 
-@pytest.mark.parametrize("program, flags, status, says", ROWS, ids=[f"{row[0]} {row[1]}" for row in ROWS])
-def test_a_bad_command_line_is_one_clear_line(program, flags, status, says, places, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "program, flags, status, says", ROWS, ids=[f"{row[0]} {row[1]}" for row in ROWS]
+)
+def test_a_bad_command_line_is_one_clear_line(
+    program, flags, status, says, places, tmp_path, monkeypatch, capsys
+):
     if (module := module_of(program)) is None:
         pytest.skip(f"there is no {program}.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    given = [re.sub(r"^[A-Z]+(?=/|$)", lambda found: str(places[found[0]]), part) for part in flags.split()]
+    given = [
+        re.sub(r"^[A-Z]+(?=/|$)", lambda found: str(places[found[0]]), part)
+        for part in flags.split()
+    ]
     own = [*TINY, "--data", str(places["DATA"])] if program == "train_msn" else []
     seen_status, line = complaint(module.main, [*own, *given], capsys)
     assert (seen_status, says in line) == (status, True), line
@@ -118,7 +168,20 @@ def test_a_bad_command_line_is_one_clear_line(program, flags, status, says, plac
 
 @pytest.mark.parametrize("f", fields(train_msn.TrainConfig), ids=lambda f: f.name)
 def test_settings_of_a_wrong_kind_are_named(f):
-    for value in (None, b"1", 1j, [1, 2, 3], {}, (), float("nan"), torch.ones(2), "x", True, -1, 10**30):
+    for value in (
+        None,
+        b"1",
+        1j,
+        [1, 2, 3],
+        {},
+        (),
+        float("nan"),
+        torch.ones(2),
+        "x",
+        True,
+        -1,
+        10**30,
+    ):
         if f.type is not type(value) or "choices" in f.metadata or f.type in (int, float):
             with pytest.raises(UsageError, match=f"{f.name}="):
                 train_msn.TrainConfig(**{f.name: value})
@@ -127,15 +190,32 @@ def test_settings_of_a_wrong_kind_are_named(f):
 def test_debug_gives_the_traceback_and_a_program_its_exit_status():
     with pytest.raises(UsageError, match="epochs=0"):
         run_program(train_msn.main, ["--epochs", "0", "--debug"])
-    done = subprocess.run([sys.executable, ROOT / "train_msn.py", "--epochs", "0"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1 and "epochs=0" in done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_msn.py", "--epochs", "0"], capture_output=True, text=True
+    )
+    assert (
+        (done.returncode, done.stdout) == (2, "")
+        and done.stderr.count("\n") == 1
+        and "epochs=0" in done.stderr
+    )
 
 
-@pytest.mark.parametrize("environment, says", [
-    ({"RANK": "1"}, ""), ({"RANK": "0"}, ""), ({"RANK": "0", "TAKEN": "1"}, "in use"), ({"RANK": "7"}, "7"),
-    ({"RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR"), ({"RANK": "0", "MASTER_PORT": "no"}, "no"),
-    ({"RANK": "none"}, "none"), ({"WORLD_SIZE": "two"}, "two")])
-def test_processes_that_cannot_join_never_run_alone(environment, says, places, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "environment, says",
+    [
+        ({"RANK": "1"}, ""),
+        ({"RANK": "0"}, ""),
+        ({"RANK": "0", "TAKEN": "1"}, "in use"),
+        ({"RANK": "7"}, "7"),
+        ({"RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR"),
+        ({"RANK": "0", "MASTER_PORT": "no"}, "no"),
+        ({"RANK": "none"}, "none"),
+        ({"WORLD_SIZE": "two"}, "two"),
+    ],
+)
+def test_processes_that_cannot_join_never_run_alone(
+    environment, says, places, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(train_msn, "TIMEOUT", timedelta(seconds=1))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -144,7 +224,12 @@ def test_processes_that_cannot_join_never_run_alone(environment, says, places, t
             taken.listen()
         else:
             taken.close()
-        for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}.items():
+        for name, value in {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            **environment,
+        }.items():
             monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
         try:
             own = ["--data", str(places["DATA"]), "--output-dir", str(tmp_path / "run")]
@@ -157,14 +242,30 @@ def test_processes_that_cannot_join_never_run_alone(environment, says, places, t
     assert line.startswith("error: ") and says in line, line
 
 
-# -- arbitrary content of files ----------------------------------------------------------------------------------------
+# -- arbitrary content of files --------------------------------------------------------------------
+
 
 def build():
     """A tiny run's model and optimizer."""
-    config = make_config({"image_size": 8, "patch_size": 4, "focal_size": 4, "hidden_size": 8, "num_hidden_layers": 1,
-                          "num_attention_heads": 1, "head_hidden_size": 6, "output_dim": 4, "num_prototypes": 3})
+    config = make_config(
+        {
+            "image_size": 8,
+            "patch_size": 4,
+            "focal_size": 4,
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "head_hidden_size": 6,
+            "output_dim": 4,
+            "num_prototypes": 3,
+        }
+    )
     model = train_msn.build_model(config, train_msn.Processes(0, 1, torch.device("cpu")))
-    return config, model, torch.optim.AdamW(train_msn.parameter_groups(model, config.weight_decay), fused=True)
+    return (
+        config,
+        model,
+        torch.optim.AdamW(train_msn.parameter_groups(model, config.weight_decay), fused=True),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +287,7 @@ def whole(tmp_path_factory):
 
 def edit(content: bytes, changes: list, end: int | None) -> bytes:
     for at, removed, new in changes:
-        content = content[:at] + new + content[at + removed:]
+        content = content[:at] + new + content[at + removed :]
     return content[:end]
 
 
@@ -197,16 +298,29 @@ def mutated(content: bytes):
     return st.builds(edit, st.just(content), changes, place | st.none())
 
 
-TENSORS = st.builds(lambda shape, dtype, value: torch.full(shape, value, dtype=torch.float32).to(dtype),
-                    st.lists(st.integers(0, 9), max_size=4), st.sampled_from([torch.float32, torch.int64]),
-                    st.sampled_from([0.0, 1.0, float("nan"), float("inf")]))
-VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(
-    [[], {}, [1], {"a": 1}, [[]], 10**400, -1, 0, "../x", "\ud800"]))
+TENSORS = st.builds(
+    lambda shape, dtype, value: torch.full(shape, value, dtype=torch.float32).to(dtype),
+    st.lists(st.integers(0, 9), max_size=4),
+    st.sampled_from([torch.float32, torch.int64]),
+    st.sampled_from([0.0, 1.0, float("nan"), float("inf")]),
+)
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from([[], {}, [1], {"a": 1}, [[]], 10**400, -1, 0, "../x", "\ud800"]),
+)
 
 
 def paths_in(value, path: tuple = ()) -> list[tuple]:
     """Every place in a nested dict."""
-    inner = [p for key, v in value.items() for p in paths_in(v, (*path, key))] if isinstance(value, dict) else []
+    inner = (
+        [p for key, v in value.items() for p in paths_in(v, (*path, key))]
+        if isinstance(value, dict)
+        else []
+    )
     return [path, *inner] if path else inner
 
 
@@ -259,20 +373,31 @@ def load_weights(content: bytes | dict, folder: Path):
     """By everything that takes a file of weights; what is taken is finite and of the right shape."""
     (folder / "config.json").write_text(json.dumps(build()[0].model_config().to_dict()))
     for name in ("checkpoint.pt", "pytorch_model.bin"):
-        torch.save(content, folder / name) if isinstance(content, dict) else (folder / name).write_bytes(content)
+        torch.save(content, folder / name) if isinstance(content, dict) else (
+            folder / name
+        ).write_bytes(content)
     _, model, optimizer = build()
 
     def resume():
-        train_msn.restore(train_msn.settle({"output_dir": str(folder), "resume": True}, folder)[1], model, optimizer)
+        train_msn.restore(
+            train_msn.settle({"output_dir": str(folder), "resume": True}, folder)[1],
+            model,
+            optimizer,
+        )
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # what was taken for its state is one
         return model
 
     refused = []
-    for load in (lambda: ViTMSNModel.from_pretrained(folder / "checkpoint.pt"),
-                 lambda: ViTMSNForImageClassification.from_pretrained(folder / "pytorch_model.bin", num_labels=3),
-                 lambda: (model.load_pretrained(folder / "checkpoint.pt"), model)[1], resume):
+    for load in (
+        lambda: ViTMSNModel.from_pretrained(folder / "checkpoint.pt"),
+        lambda: ViTMSNForImageClassification.from_pretrained(
+            folder / "pytorch_model.bin", num_labels=3
+        ),
+        lambda: (model.load_pretrained(folder / "checkpoint.pt"), model)[1],
+        resume,
+    ):
         try:
             assert all(torch.isfinite(p).all() for p in load().parameters())
         except (ValueError, OSError) as error:
@@ -285,27 +410,46 @@ def load_list(content: bytes, folder: Path):
     finetune = module_of("finetune") or pytest.skip("there is no finetune.py")
     (folder / "list.txt").write_bytes(content)
     Image.new("RGB", (2, 2)).save(folder / "good.png")
-    finetune.read_label_list(folder / "list.txt", train_msn.ImageFiles([folder / "good.png"], 16, 0))
+    finetune.read_label_list(
+        folder / "list.txt", train_msn.ImageFiles([folder / "good.png"], 16, 0)
+    )
 
 
 def targets(whole: dict) -> dict:
     """What is tried: name -> (contents, what reads them)."""
     pictures = st.sampled_from([v for name, v in whole.items() if name.startswith("picture")])
     checkpoint = torch.load(io.BytesIO(whole["checkpoint.pt"]), weights_only=True)
-    config, index = json.loads(whole["config.json"]), {"metadata": {}, "weight_map": {"a": "old.bin", "b": "b.bin"}}
+    config, index = (
+        json.loads(whole["config.json"]),
+        {"metadata": {}, "weight_map": {"a": "old.bin", "b": "b.bin"}},
+    )
     config_json, index_json = (
         (changes(whole).map(lambda change, whole=whole: replaced(whole, *change)) | VALUES)
-        .map(json.dumps).map(str.encode)
-        for whole in (config, index))
+        .map(json.dumps)
+        .map(str.encode)
+        for whole in (config, index)
+    )
     return {
         "image": (st.binary(max_size=64) | pictures.flatmap(mutated), load_image_file),
-        "config.json": (st.binary(max_size=64) | mutated(whole["config.json"]) | config_json, load_config),
+        "config.json": (
+            st.binary(max_size=64) | mutated(whole["config.json"]) | config_json,
+            load_config,
+        ),
         "index": (st.binary(max_size=64) | index_json, load_index),
         "CIFAR batch": (st.binary(max_size=64) | mutated(whole["batch"]), load_cifar),
-        "label list": (st.binary(max_size=64) | st.text().map(lambda t: t.encode("utf-16")), load_list),
-        "weights": (st.binary(max_size=64) | mutated(whole["checkpoint.pt"]) | mutated(whole["old.bin"]), load_weights),
-        "checkpoint": (changes(checkpoint, VALUES | TENSORS),
-                       lambda change, folder: load_weights(replaced(checkpoint, *change), folder))}
+        "label list": (
+            st.binary(max_size=64) | st.text().map(lambda t: t.encode("utf-16")),
+            load_list,
+        ),
+        "weights": (
+            st.binary(max_size=64) | mutated(whole["checkpoint.pt"]) | mutated(whole["old.bin"]),
+            load_weights,
+        ),
+        "checkpoint": (
+            changes(checkpoint, VALUES | TENSORS),
+            lambda change, folder: load_weights(replaced(checkpoint, *change), folder),
+        ),
+    }
 
 
 KINDS = ("image", "config.json", "index", "CIFAR batch", "label list", "weights", "checkpoint")
@@ -346,22 +490,41 @@ def test_two_thousand_malformed_inputs(whole, tmp_path, capsys):
         with capsys.disabled():
             print(f"{kind}: {number} inputs tried, {bad} refused, the others read")
     with capsys.disabled():
-        print(f"{total} malformed inputs tried, {refused} refused by a clean error, none in another way")
+        print(
+            f"{total} malformed inputs tried, {refused} refused by a clean error, none in another way"
+        )
     assert total >= 2000 and refused > total / 2
 
 
-@pytest.mark.parametrize("path, value, says", [
-    ("prototypes", torch.zeros(1, 4), "prototypes"), ("prototypes", torch.tensor(0.0), "prototypes"),
-    ("prototypes", torch.full((3, 4), float("nan")), "not finite"), ("encoder/norm.bias", None, "norm.bias"),
-    ("optimizer/state/3", None, "exp_avg"), ("encoder/norm.bias", torch.full((8,), float("inf")), "not finite"),
-    ("encoder/norm.bias", torch.zeros(9), "norm.bias"), ("encoder/norm.bias", 3, "norm.bias"),
-    ("target_encoder/norm.more", torch.zeros(8), "norm.more"), ("encoder", {}, "Missing"), ("optimizer", {}, "fit"),
-    ("optimizer/state/0/exp_avg", torch.zeros(1, 2), "exp_avg"), ("optimizer/state/0/exp_avg", "x", "does not fit"),
-    ("optimizer/state/0/exp_avg_sq", torch.full((1, 1, 8), float("nan")), "not finite"), ("step", "3", "step"),
-    ("optimizer/state/4/step", torch.tensor(-9.0), "step is not finite, negative"), ("step", None, "step"),
-    ("elapsed", None, "elapsed"), ("config", [1], "config"), ("config/lr", "much", "lr"),
-    ("config/hidden_size", 16, "size mismatch")])
-def test_a_checkpoint_that_does_not_fit_is_refused_by_name(path, value, says, whole, places, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "path, value, says",
+    [
+        ("prototypes", torch.zeros(1, 4), "prototypes"),
+        ("prototypes", torch.tensor(0.0), "prototypes"),
+        ("prototypes", torch.full((3, 4), float("nan")), "not finite"),
+        ("encoder/norm.bias", None, "norm.bias"),
+        ("optimizer/state/3", None, "exp_avg"),
+        ("encoder/norm.bias", torch.full((8,), float("inf")), "not finite"),
+        ("encoder/norm.bias", torch.zeros(9), "norm.bias"),
+        ("encoder/norm.bias", 3, "norm.bias"),
+        ("target_encoder/norm.more", torch.zeros(8), "norm.more"),
+        ("encoder", {}, "Missing"),
+        ("optimizer", {}, "fit"),
+        ("optimizer/state/0/exp_avg", torch.zeros(1, 2), "exp_avg"),
+        ("optimizer/state/0/exp_avg", "x", "does not fit"),
+        ("optimizer/state/0/exp_avg_sq", torch.full((1, 1, 8), float("nan")), "not finite"),
+        ("step", "3", "step"),
+        ("optimizer/state/4/step", torch.tensor(-9.0), "step is not finite, negative"),
+        ("step", None, "step"),
+        ("elapsed", None, "elapsed"),
+        ("config", [1], "config"),
+        ("config/lr", "much", "lr"),
+        ("config/hidden_size", 16, "size mismatch"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
+    path, value, says, whole, places, tmp_path, capsys
+):
     content = torch.load(io.BytesIO(whole["checkpoint.pt"]), weights_only=True)
     keys = tuple(int(key) if key.isdigit() else key for key in path.split("/"))
     content["config"] |= {"data": str(places["DATA"]), "batch_size": 6}

@@ -1,4 +1,5 @@
 """Memory stays flat: over steps, and whatever the number of images in a folder."""
+
 import json
 import os
 import subprocess
@@ -32,8 +33,13 @@ sys.exit(status)
 
 def resident_memory(*flags) -> list[float]:
     """MiB after each step of a run."""
-    done = subprocess.run([sys.executable, "-c", MEASURED, *TINY, *map(str, flags)], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *TINY, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -48,11 +54,25 @@ def make_large_pictures(folder, count: int):
 @pytest.mark.slow
 def test_two_thousand_steps_take_no_more_memory_than_a_hundred(tmp_path, capsys):
     pictures = make_large_pictures(tmp_path / "data", 60)
-    seen = resident_memory("--data", pictures, "--output-dir", tmp_path / "run", "--epochs", 200, "--cache-mb", 1,
-                           "--knn-every", 0, "--checkpoint-every", 200)
+    seen = resident_memory(
+        "--data",
+        pictures,
+        "--output-dir",
+        tmp_path / "run",
+        "--epochs",
+        200,
+        "--cache-mb",
+        1,
+        "--knn-every",
+        0,
+        "--checkpoint-every",
+        200,
+    )
     growth = max(seen[-100:]) - max(seen[:100])
     with capsys.disabled():
-        print(f"{len(seen)} steps: {seen[99]:.1f} MiB resident after 100, {seen[-1]:.1f} at the end: {growth:+.2f} MiB")
+        print(
+            f"{len(seen)} steps: {seen[99]:.1f} MiB resident after 100, {seen[-1]:.1f} at the end: {growth:+.2f} MiB"
+        )
     assert len(seen) == 2000 and growth < 3
 
 
@@ -61,8 +81,22 @@ def test_ten_times_as_many_images_take_no_more_memory(tmp_path, capsys):
     peaks = []
     for count in (120, 1200):  # a picture is 117 KiB when decoded: 14 and 137 MiB
         pictures = make_large_pictures(tmp_path / str(count), count)
-        seen = resident_memory("--data", pictures, "--output-dir", tmp_path / f"run{count}", "--epochs", 2400 // count,
-                               "--image-size", 128, "--patch-size", 32, "--focal-size", 32, "--cache-mb", 2)
+        seen = resident_memory(
+            "--data",
+            pictures,
+            "--output-dir",
+            tmp_path / f"run{count}",
+            "--epochs",
+            2400 // count,
+            "--image-size",
+            128,
+            "--patch-size",
+            32,
+            "--focal-size",
+            32,
+            "--cache-mb",
+            2,
+        )
         peaks.append(max(seen))
     with capsys.disabled():
         print(f"120 images: {peaks[0]:.1f} MiB at most, 1,200 images: {peaks[1]:.1f} MiB")

@@ -1,4 +1,5 @@
 """The backbone and the classifier as users meet them: configuration, inputs, outputs, torch's own tools."""
+
 import json
 
 import pytest
@@ -26,85 +27,142 @@ def classifier(**changes) -> ViTMSNForImageClassification:
     return randomized(ViTMSNForImageClassification(tiny_config(**changes)))
 
 
-# -- configuration -----------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("values, says", [
-    ({"hidden_size": 100, "num_attention_heads": 12}, "use 96 or 108"),
-    ({"hidden_size": 0}, "hidden_size=0"),
-    ({"hidden_size": 24.0}, "hidden_size=24.0"),
-    ({"num_hidden_layers": -1}, "num_hidden_layers"),
-    ({"num_attention_heads": True}, "num_attention_heads=True"),
-    ({"intermediate_size": "40"}, "intermediate_size='40'"),
-    ({"image_size": [224, 224]}, "image_size"),
-    ({"patch_size": None}, "patch_size"),
-    ({"image_size": 8, "patch_size": 16}, "no patch fits"),
-    ({"num_channels": 0}, "num_channels"),
-    ({"hidden_act": "swish2"}, "use one of"),
-    ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob"),
-    ({"attention_probs_dropout_prob": -0.1}, "attention_probs_dropout_prob"),
-    ({"drop_path_rate": float("nan")}, "drop_path_rate"),
-    ({"layer_norm_eps": "small"}, "layer_norm_eps"),
-    ({"qkv_bias": 1}, "qkv_bias"),
-    ({"num_labels": -1}, "num_labels=-1"),
-    ({"num_labels": 3, "id2label": {0: "cat", 1: "dog"}}, "names 2 classes"),
-    ({"id2label": ["cat", "dog"]}, "id2label"),
-    ({"problem_type": "ranking"}, "problem_type"),
-    ({"attn_implementation": "flash"}, "sdpa"),
-])
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"hidden_size": 100, "num_attention_heads": 12}, "use 96 or 108"),
+        ({"hidden_size": 0}, "hidden_size=0"),
+        ({"hidden_size": 24.0}, "hidden_size=24.0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"num_attention_heads": True}, "num_attention_heads=True"),
+        ({"intermediate_size": "40"}, "intermediate_size='40'"),
+        ({"image_size": [224, 224]}, "image_size"),
+        ({"patch_size": None}, "patch_size"),
+        ({"image_size": 8, "patch_size": 16}, "no patch fits"),
+        ({"num_channels": 0}, "num_channels"),
+        ({"hidden_act": "swish2"}, "use one of"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob"),
+        ({"attention_probs_dropout_prob": -0.1}, "attention_probs_dropout_prob"),
+        ({"drop_path_rate": float("nan")}, "drop_path_rate"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps"),
+        ({"qkv_bias": 1}, "qkv_bias"),
+        ({"num_labels": -1}, "num_labels=-1"),
+        ({"num_labels": 3, "id2label": {0: "cat", 1: "dog"}}, "names 2 classes"),
+        ({"id2label": ["cat", "dog"]}, "id2label"),
+        ({"problem_type": "ranking"}, "problem_type"),
+        ({"attn_implementation": "flash"}, "sdpa"),
+    ],
+)
 def test_values_no_model_can_have_are_refused_with_what_to_do(values, says):
     with pytest.raises(ValueError, match=says.replace("[", r"\[")):
         ViTMSNConfig(**values)
 
 
 def test_the_defaults_are_those_of_transformers():
-    expected = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-                "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-                "initializer_range": 0.02, "layer_norm_eps": 1e-6, "image_size": 224, "patch_size": 16,
-                "num_channels": 3, "qkv_bias": True, "num_labels": 2}
+    expected = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-6,
+        "image_size": 224,
+        "patch_size": 16,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "num_labels": 2,
+    }
     assert {name: getattr(ViTMSNConfig(), name) for name in expected} == expected
 
 
 def test_presets_are_the_published_shapes():
-    shapes = {name: (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.patch_size, c.intermediate_size)
-              for name in PRESETS for c in [ViTMSNConfig.preset(name)]}
-    assert shapes == {"small-16": (384, 12, 6, 16, 1536), "base-16": (768, 12, 12, 16, 3072),
-                      "base-8": (768, 12, 12, 8, 3072), "base-4": (768, 12, 12, 4, 3072),
-                      "large-16": (1024, 24, 16, 16, 4096), "large-7": (1024, 24, 16, 7, 4096)}
+    shapes = {
+        name: (
+            c.hidden_size,
+            c.num_hidden_layers,
+            c.num_attention_heads,
+            c.patch_size,
+            c.intermediate_size,
+        )
+        for name in PRESETS
+        for c in [ViTMSNConfig.preset(name)]
+    }
+    assert shapes == {
+        "small-16": (384, 12, 6, 16, 1536),
+        "base-16": (768, 12, 12, 16, 3072),
+        "base-8": (768, 12, 12, 8, 3072),
+        "base-4": (768, 12, 12, 4, 3072),
+        "large-16": (1024, 24, 16, 16, 4096),
+        "large-7": (1024, 24, 16, 7, 4096),
+    }
     assert ViTMSNConfig.preset("small-16", num_labels=3).num_labels == 3
     with pytest.raises(ValueError, match="small-16"):
         ViTMSNConfig.preset("huge-1")
 
 
 words = st.text('aZ_ "é☃/', max_size=5)
-json_values = st.none() | st.booleans() | st.integers() | words | st.lists(st.integers(), max_size=2)
+json_values = (
+    st.none() | st.booleans() | st.integers() | words | st.lists(st.integers(), max_size=2)
+)
 unknown = st.dictionaries(words.map("x_".__add__), json_values, max_size=4)
 
 
-@given(labels=st.lists(words, max_size=5, unique=True), extra=unknown, bias=st.booleans(),
-       problem=st.sampled_from([None, "regression", "multi_label_classification"]))
+@given(
+    labels=st.lists(words, max_size=5, unique=True),
+    extra=unknown,
+    bias=st.booleans(),
+    problem=st.sampled_from([None, "regression", "multi_label_classification"]),
+)
 def test_a_config_survives_config_json_with_keys_it_does_not_know(labels, extra, bias, problem):
-    config = tiny_config(num_labels=None, id2label=dict(enumerate(labels)), qkv_bias=bias, problem_type=problem,
-                         extra=extra)
+    config = tiny_config(
+        num_labels=None,
+        id2label=dict(enumerate(labels)),
+        qkv_bias=bias,
+        problem_type=problem,
+        extra=extra,
+    )
     written = json.loads(json.dumps(config.to_dict()))
     assert ViTMSNConfig.from_dict(written) == config
     assert written["model_type"] == "vit_msn" and {key: written[key] for key in extra} == extra
-    assert config.num_labels == len(labels) and config.label2id == {name: i for i, name in enumerate(labels)}
+    assert config.num_labels == len(labels) and config.label2id == {
+        name: i for i, name in enumerate(labels)
+    }
 
 
-@pytest.mark.parametrize("content, says", [
-    ({"model_type": "bert"}, "'bert'"), ([1], "list"), ({"hidden_size": 10, "num_attention_heads": 4}, "divisible")])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ({"model_type": "bert"}, "'bert'"),
+        ([1], "list"),
+        ({"hidden_size": 10, "num_attention_heads": 4}, "divisible"),
+    ],
+)
 def test_a_config_of_something_else_is_refused(content, says, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=says):
         ViTMSNConfig.from_pretrained(tmp_path)
 
 
-# -- inputs ------------------------------------------------------------------------------------------------------------
+# -- inputs ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("pixels, says", [
-    (torch.zeros(1, 3, 16, 16), "interpolate_pos_encoding"), (torch.zeros(1, 3, 32, 40), "32 x 40"),
-    (torch.zeros(1, 1, 32, 32), "preprocess"), (torch.zeros(3, 32, 32), "shape"),
-    (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "uint8"), (torch.zeros(1, 3, 32, 32, dtype=torch.long), "int64")])
+
+@pytest.mark.parametrize(
+    "pixels, says",
+    [
+        (torch.zeros(1, 3, 16, 16), "interpolate_pos_encoding"),
+        (torch.zeros(1, 3, 32, 40), "32 x 40"),
+        (torch.zeros(1, 1, 32, 32), "preprocess"),
+        (torch.zeros(3, 32, 32), "shape"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "uint8"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.long), "int64"),
+    ],
+)
 def test_pixels_of_a_wrong_size_channels_or_kind_are_refused_with_what_to_pass(pixels, says):
     for model in (backbone(), classifier()):
         with pytest.raises(ValueError, match=says):
@@ -127,11 +185,20 @@ def test_as_many_patches_in_another_shape_are_resampled():
     resampled = model.embed(image, interpolate_pos_encoding=True)
     model.pos_embed.data[:, 1:] = model.pos_embed[:, 1:].flip(1)
     assert not resampled.allclose(model.embed(image, interpolate_pos_encoding=True))
-    columns = F.interpolate(backbone().pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2), (8, 2),
-                            mode="bicubic").flatten(2).transpose(1, 2)
+    columns = (
+        F.interpolate(
+            backbone().pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2),
+            (8, 2),
+            mode="bicubic",
+        )
+        .flatten(2)
+        .transpose(1, 2)
+    )
     without = backbone()
     without.pos_embed.data.zero_()
-    assert_close(resampled[:, 1:], without.embed(image, interpolate_pos_encoding=True)[:, 1:] + columns)
+    assert_close(
+        resampled[:, 1:], without.embed(image, interpolate_pos_encoding=True)[:, 1:] + columns
+    )
 
 
 def test_an_image_size_that_is_no_multiple_of_the_patch_drops_the_rest():
@@ -144,7 +211,9 @@ def test_an_image_size_that_is_no_multiple_of_the_patch_drops_the_rest():
 
 def test_pixels_are_cast_to_the_weights_dtype():
     images = randn(2, 3, 32, 32)
-    assert_close(backbone()(images.double()).last_hidden_state, backbone()(images).last_hidden_state)
+    assert_close(
+        backbone()(images.double()).last_hidden_state, backbone()(images).last_hidden_state
+    )
     assert backbone().double()(images).last_hidden_state.dtype == torch.float64
 
 
@@ -156,18 +225,28 @@ def test_masked_patches_are_replaced_by_the_mask_token():
     changed = torch.cat([torch.zeros(2, 1, dtype=torch.bool), masked], dim=1)
     assert tokens[~changed].equal(plain[~changed])
     assert_close(tokens[0, 4], (model.mask_token + model.pos_embed[:, 4:5])[0, 0])
-    assert model(images, masked.int()).last_hidden_state.equal(model(images, masked).last_hidden_state)
+    assert model(images, masked.int()).last_hidden_state.equal(
+        model(images, masked).last_hidden_state
+    )
     keep = torch.tensor([[3, 7], [3, 7]])
     assert_close(model.embed(images, masked, keep), tokens[:, [0, 4, 8]])
     with pytest.raises(ValueError, match="use_mask_token=True"):
         backbone()(images, masked)
 
 
-# -- outputs -----------------------------------------------------------------------------------------------------------
+# -- outputs ---------------------------------------------------------------------------------------
 
-@given(layers=st.integers(1, 4), implementation=st.sampled_from(["sdpa", "eager"]), kept=st.integers(1, 16))
+
+@given(
+    layers=st.integers(1, 4),
+    implementation=st.sampled_from(["sdpa", "eager"]),
+    kept=st.integers(1, 16),
+)
 def test_the_outputs_asked_for_are_complete_and_consistent(layers, implementation, kept):
-    model, images = backbone(num_hidden_layers=layers, attn_implementation=implementation), randn(2, 3, 32, 32)
+    model, images = (
+        backbone(num_hidden_layers=layers, attn_implementation=implementation),
+        randn(2, 3, 32, 32),
+    )
     keep = torch.arange(kept).expand(2, -1)
     out = model(images, patches_to_keep=keep, output_hidden_states=True, output_attentions=True)
     plain = model(images, patches_to_keep=keep)
@@ -176,7 +255,7 @@ def test_the_outputs_asked_for_are_complete_and_consistent(layers, implementatio
     assert len(out.hidden_states) == layers + 1 and len(out.attentions) == layers
     assert out.hidden_states[0].equal(model.embed(images, patches_to_keep=keep))
     assert model.norm(out.hidden_states[-1]).equal(out.last_hidden_state)
-    assert_close(model.class_token(images, keep), out.hidden_states[-1][:, 0])
+    assert_close(model.representation(images, keep), out.hidden_states[-1][:, 0])
     for attention in out.attentions:
         assert attention.shape == (2, 3, 1 + kept, 1 + kept)
         assert_close(attention.sum(dim=-1), torch.ones(2, 3, 1 + kept))
@@ -186,48 +265,67 @@ def test_the_outputs_asked_for_are_complete_and_consistent(layers, implementatio
 def test_logits_are_the_same_with_and_without_hidden_states(seed, size):
     model, images = classifier(), randn(3, 3, size, size, seed=seed)
     out = model(images, interpolate_pos_encoding=True, output_hidden_states=True)
-    assert_close(model(images, interpolate_pos_encoding=True).logits, out.logits, rtol=1e-4, atol=1e-5)
+    assert_close(
+        model(images, interpolate_pos_encoding=True).logits, out.logits, rtol=1e-4, atol=1e-5
+    )
     assert_close(out.logits, model.classifier(model.vit.norm(out.hidden_states[-1][:, 0])))
 
 
 def test_no_labels_make_the_head_the_identity():
     model, images = classifier(num_labels=0), randn(2, 3, 32, 32)
-    assert_close(model(images).logits, model.vit(images).last_hidden_state[:, 0], rtol=1e-4, atol=1e-5)
+    assert_close(
+        model(images).logits, model.vit(images).last_hidden_state[:, 0], rtol=1e-4, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("num_labels, labels, problem", [
-    (1, torch.tensor([0.5, -1.0]), "regression"),
-    (1, torch.tensor([[0], [1]]), "regression"),
-    (5, torch.tensor([4, 0]), "single_label_classification"),
-    (5, torch.tensor([[4], [0]], dtype=torch.int64), "single_label_classification"),
-    (5, torch.tensor([[0.0, 1, 0, 1, 1], [0, 0, 0, 1, 0]]), "multi_label_classification"),
-])
+@pytest.mark.parametrize(
+    "num_labels, labels, problem",
+    [
+        (1, torch.tensor([0.5, -1.0]), "regression"),
+        (1, torch.tensor([[0], [1]]), "regression"),
+        (5, torch.tensor([4, 0]), "single_label_classification"),
+        (5, torch.tensor([[4], [0]], dtype=torch.int64), "single_label_classification"),
+        (5, torch.tensor([[0.0, 1, 0, 1, 1], [0, 0, 0, 1, 0]]), "multi_label_classification"),
+    ],
+)
 def test_the_kind_of_problem_is_inferred_from_the_labels(num_labels, labels, problem):
     model, images = classifier(num_labels=num_labels), randn(2, 3, 32, 32)
     out = model(images, labels=labels)
-    expected = {"regression": lambda: ((out.logits.flatten() - labels.flatten()) ** 2).mean(),
-                "single_label_classification": lambda: F.nll_loss(out.logits.log_softmax(-1), labels.flatten()),
-                "multi_label_classification": lambda: -torch.where(
-                    labels == 1, F.logsigmoid(out.logits), F.logsigmoid(-out.logits)).mean()}[problem]()
+    expected = {
+        "regression": lambda: ((out.logits.flatten() - labels.flatten()) ** 2).mean(),
+        "single_label_classification": lambda: F.nll_loss(
+            out.logits.log_softmax(-1), labels.flatten()
+        ),
+        "multi_label_classification": lambda: (
+            -torch.where(labels == 1, F.logsigmoid(out.logits), F.logsigmoid(-out.logits)).mean()
+        ),
+    }[problem]()
     assert model.config.problem_type == problem
     assert_close(out.loss, expected)
     assert model(images).loss is None
 
 
 def test_a_constructor_leaves_training_mode_on():
-    assert ViTMSNModel(tiny_config()).training and ViTMSNForImageClassification(tiny_config()).training
+    assert (
+        ViTMSNModel(tiny_config()).training and ViTMSNForImageClassification(tiny_config()).training
+    )
 
 
-# -- training and torch's tools ----------------------------------------------------------------------------------------
+# -- training and torch's tools --------------------------------------------------------------------
+
 
 def test_gradient_checkpointing_gives_the_same_gradients_even_with_dropout():
     gradients = []
     for enable in (False, True):
-        model = classifier(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, drop_path_rate=0.3)
+        model = classifier(
+            hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, drop_path_rate=0.3
+        )
         if enable:
             model.gradient_checkpointing_enable()
         recomputed = []
-        model.vit.blocks[0].mlp.fc1.register_forward_hook(lambda *_, calls=recomputed: calls.append(1))
+        model.vit.blocks[0].mlp.fc1.register_forward_hook(
+            lambda *_, calls=recomputed: calls.append(1)
+        )
         torch.manual_seed(3)
         model(randn(4, 3, 32, 32), labels=torch.arange(4)).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -285,7 +383,9 @@ def test_autocast_trains():
     out.loss.backward()
     assert out.logits.dtype == torch.bfloat16
     assert_close(out.logits.float(), model(images).logits, rtol=0.1, atol=0.1)
-    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters()
+    )
 
 
 def test_pretraining_under_autocast_gives_a_float32_loss_near_the_float32_one():
@@ -300,9 +400,11 @@ def test_pretraining_under_autocast_gives_a_float32_loss_near_the_float32_one():
 
 
 def test_models_built_on_the_meta_device_take_weights_later():
-    for make in (lambda: ViTMSNModel(tiny_config(), use_mask_token=True),
-                 lambda: ViTMSNForImageClassification(tiny_config()),
-                 lambda: ViTMSNForPreTraining(tiny_config(), 20, 16, 12, prior_exponent=0.5)):
+    for make in (
+        lambda: ViTMSNModel(tiny_config(), use_mask_token=True),
+        lambda: ViTMSNForImageClassification(tiny_config()),
+        lambda: ViTMSNForPreTraining(tiny_config(), 20, 16, 12, prior_exponent=0.5),
+    ):
         with torch.device("meta"):
             empty = make()
         assert all(p.is_meta for p in empty.parameters())
@@ -311,5 +413,7 @@ def test_models_built_on_the_meta_device_take_weights_later():
         filled.load_state_dict(source.state_dict())
         images = randn(4, 3, 32, 32)
         inputs = (images, [images]) if isinstance(source, ViTMSNForPreTraining) else (images,)
-        assert_close(list(torch.utils._pytree.tree_leaves(filled(*inputs))),
-                     list(torch.utils._pytree.tree_leaves(source(*inputs))))
+        assert_close(
+            list(torch.utils._pytree.tree_leaves(filled(*inputs))),
+            list(torch.utils._pytree.tree_leaves(source(*inputs))),
+        )

@@ -1,4 +1,5 @@
 """The objective, piece by piece: assignments, sharpening, Sinkhorn, me-max, the loss, the moving average."""
+
 import math
 import threading
 
@@ -38,9 +39,14 @@ def row_entropy(log_p: Tensor) -> Tensor:
 
 @given(b=counts, k=counts, e=counts, temperature=temperatures, seed=seeds)
 def test_assignments_are_the_softmax_of_cosine_similarities(b, k, e, temperature, seed):
-    z, prototypes = randn(b, e, seed=seed, dtype=torch.float64), randn(k, e, seed=seed + 1, dtype=torch.float64)
+    z, prototypes = (
+        randn(b, e, seed=seed, dtype=torch.float64),
+        randn(k, e, seed=seed + 1, dtype=torch.float64),
+    )
     cosines = F.cosine_similarity(z[:, None], prototypes[None], dim=-1)
-    assert_close(log_assign(z, prototypes, temperature).exp(), (cosines / temperature).softmax(dim=-1))
+    assert_close(
+        log_assign(z, prototypes, temperature).exp(), (cosines / temperature).softmax(dim=-1)
+    )
 
 
 @given(b=counts, k=counts, smoothing=st.floats(0, 0.9), seed=seeds)
@@ -105,7 +111,9 @@ def test_sinkhorn_commutes_with_permuting_images_and_prototypes(data, b, k, seed
 @given(b=counts, k=counts, seed=seeds)
 def test_sinkhorn_forgets_the_scale_of_a_prototypes_column(b, k, seed):
     log_p = log_rows(b, k, seed)
-    assert_close(sinkhorn(log_p + 5 * randn(k, seed=seed + 1, dtype=torch.float64)), sinkhorn(log_p))
+    assert_close(
+        sinkhorn(log_p + 5 * randn(k, seed=seed + 1, dtype=torch.float64)), sinkhorn(log_p)
+    )
 
 
 def test_without_iterations_sinkhorn_changes_nothing():
@@ -132,7 +140,9 @@ def test_with_a_prior_me_max_is_the_divergence_from_it(b, k, exponent, seed):
     log_p, prior = log_rows(b, k, seed), power_law_prior(k, exponent)
     ranks = torch.arange(1, k + 1, dtype=torch.float64)
     assert_close(prior.exp().double(), ranks**-exponent / (ranks**-exponent).sum())
-    divergence = F.kl_div(prior.double(), log_p.exp().mean(dim=0).log(), log_target=True, reduction="sum")
+    divergence = F.kl_div(
+        prior.double(), log_p.exp().mean(dim=0).log(), log_target=True, reduction="sum"
+    )
     assert_close(me_max(log_p, prior), divergence)
     assert abs(me_max(prior.expand(b, -1).double(), prior)) < 1e-12
     assert_close(me_max(log_p, power_law_prior(k, 0.0)), me_max(log_p))
@@ -145,7 +155,9 @@ def test_entropy_is_the_mean_over_single_predictions(b, k, seed):
 
 
 def loss_inputs(v: int, b: int, k: int, e: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(randn(rows, e, seed=seed + i, dtype=torch.float64) for i, rows in enumerate((v * b, b, k)))
+    return tuple(
+        randn(rows, e, seed=seed + i, dtype=torch.float64) for i, rows in enumerate((v * b, b, k))
+    )
 
 
 @given(v=st.integers(1, 4), b=counts, k=counts, e=counts, seed=seeds)
@@ -181,10 +193,19 @@ def test_anchor_rows_that_are_no_whole_number_of_views_are_refused():
 
 @given(k=st.sampled_from([2, 100, 1024, 8192]), seed=seeds)
 def test_nothing_overflows_at_temperature_and_sharpening_of_a_hundredth(k, seed):
-    anchors, targets, prototypes = (x.float().requires_grad_() for x in loss_inputs(2, 8, k, 16, seed))
+    anchors, targets, prototypes = (
+        x.float().requires_grad_() for x in loss_inputs(2, 8, k, 16, seed)
+    )
     for label_smoothing in (0.0, 0.1):
-        out = msn_loss(anchors, targets, prototypes, temperature=0.01, sharpening=0.01, entropy_weight=1.0,
-                       label_smoothing=label_smoothing)
+        out = msn_loss(
+            anchors,
+            targets,
+            prototypes,
+            temperature=0.01,
+            sharpening=0.01,
+            entropy_weight=1.0,
+            label_smoothing=label_smoothing,
+        )
         gradients = torch.autograd.grad(out.loss, (anchors, prototypes))
         assert all(torch.isfinite(x).all() for x in (*out, *gradients))
 
@@ -193,8 +214,13 @@ def test_collapsed_and_perfect_inputs_give_finite_losses_and_gradients():
     prototypes = torch.eye(4, 4).requires_grad_()
     for rows in (torch.eye(4), torch.eye(4)[:1].repeat(4, 1), -torch.eye(4)):
         anchors = rows.clone().requires_grad_()
-        out = msn_loss(anchors, rows, prototypes, temperature=0.01, sharpening=0.01, entropy_weight=1.0)
-        assert all(torch.isfinite(x).all() for x in (*out, *torch.autograd.grad(out.loss, (anchors, prototypes))))
+        out = msn_loss(
+            anchors, rows, prototypes, temperature=0.01, sharpening=0.01, entropy_weight=1.0
+        )
+        assert all(
+            torch.isfinite(x).all()
+            for x in (*out, *torch.autograd.grad(out.loss, (anchors, prototypes)))
+        )
 
 
 def test_the_loss_is_computed_in_float32_under_autocast():
@@ -217,14 +243,20 @@ def test_prototypes_learn_through_the_anchors_side_only():
     prototypes.requires_grad_()
     out = msn_loss(anchors, targets, prototypes)
     log_p = log_assign(anchors, prototypes, 0.1)
-    by_hand = -(out.target_assignments.repeat(2, 1) * log_p).sum(dim=1).mean() + me_max(log_p)  # assignments: constants
+    by_hand = -(out.target_assignments.repeat(2, 1) * log_p).sum(dim=1).mean() + me_max(
+        log_p
+    )  # assignments: constants
     gradients = [torch.autograd.grad(loss, prototypes)[0] for loss in (out.loss, by_hand)]
     assert_close(*gradients)
 
 
 def in_processes(shards: list, work) -> list:
     """work(shard, all_reduce) for every shard at once, in threads that reduce with each other."""
-    barrier, slots, results = threading.Barrier(len(shards)), [None] * len(shards), [None] * len(shards)
+    barrier, slots, results = (
+        threading.Barrier(len(shards)),
+        [None] * len(shards),
+        [None] * len(shards),
+    )
 
     def run(rank: int) -> None:
         def all_reduce(x: Tensor, op: str) -> Tensor:
@@ -233,6 +265,7 @@ def in_processes(shards: list, work) -> list:
             stacked = torch.stack(list(slots))
             barrier.wait()
             return stacked.sum(dim=0) if op == "sum" else stacked.amax(dim=0)
+
         results[rank] = work(shards[rank], all_reduce)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(shards))]
@@ -247,9 +280,13 @@ def in_processes(shards: list, work) -> list:
 def test_two_processes_that_reduce_see_the_whole_batch(v, b, k, seed):
     anchors, targets, prototypes = loss_inputs(v, b, k, 6, seed)
     whole = msn_loss(anchors, targets, prototypes)
-    halves = [(anchors.reshape(v, b, -1)[:, rows].flatten(0, 1), targets[rows])
-              for rows in (slice(0, b // 2), slice(b // 2, b))]
-    parts = in_processes(halves, lambda shard, all_reduce: msn_loss(*shard, prototypes, all_reduce=all_reduce))
+    halves = [
+        (anchors.reshape(v, b, -1)[:, rows].flatten(0, 1), targets[rows])
+        for rows in (slice(0, b // 2), slice(b // 2, b))
+    ]
+    parts = in_processes(
+        halves, lambda shard, all_reduce: msn_loss(*shard, prototypes, all_reduce=all_reduce)
+    )
     assert_close(torch.cat([part.target_assignments for part in parts]), whole.target_assignments)
     for part in parts:
         assert_close(part.memax, whole.memax)
@@ -257,7 +294,8 @@ def test_two_processes_that_reduce_see_the_whole_batch(v, b, k, seed):
     assert_close((parts[0].cross_entropy + parts[1].cross_entropy) / 2, whole.cross_entropy)
 
 
-# -- the whole step ----------------------------------------------------------------------------------------------------
+# -- the whole step --------------------------------------------------------------------------------
+
 
 def pretraining(**options) -> ViTMSNForPreTraining:
     model = randomized(ViTMSNForPreTraining(tiny_config(), 20, 16, 12, **options)).double()
@@ -275,7 +313,9 @@ def test_every_trainable_tensor_gets_a_gradient_and_no_target_tensor_does():
     model = pretraining()
     model(*step_inputs()).loss.backward()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {name for name, _ in model.named_parameters() if not name.startswith("target_encoder.")}
+    assert trainable == {
+        name for name, _ in model.named_parameters() if not name.startswith("target_encoder.")
+    }
     assert "prototypes" in trainable
     for name, parameter in model.named_parameters():
         if name not in trainable:
@@ -298,7 +338,9 @@ def test_without_masks_all_patches_are_seen():
     model, (target, views, _) = pretraining().eval(), step_inputs()
     everything = torch.arange(16).expand(4, -1)
     assert_close(model(target, views), model(target, views, [everything, None, None]))
-    assert not model(target, views).loss.allclose(model(target, views, [everything[:, :5], None, None]).loss)
+    assert not model(target, views).loss.allclose(
+        model(target, views, [everything[:, :5], None, None]).loss
+    )
 
 
 def test_views_of_one_size_share_batch_statistics_and_other_sizes_have_their_own():
@@ -336,8 +378,9 @@ def test_many_steps_of_the_moving_average_match_the_closed_form(momentum, steps)
     start = [p.clone() for p in model.target_encoder.parameters()]
     for _ in range(steps):
         model.update_target(momentum)
-    for target, anchor, first in zip(model.target_encoder.parameters(), model.anchor_encoder.parameters(), start,
-                                     strict=True):
+    for target, anchor, first in zip(
+        model.target_encoder.parameters(), model.anchor_encoder.parameters(), start, strict=True
+    ):
         assert_close(target, momentum**steps * first + (1 - momentum**steps) * anchor)
 
 
@@ -354,17 +397,24 @@ def test_the_moving_average_leaves_buffers_alone_while_forward_moves_each_encode
 
 def test_both_encoders_start_alike_and_prototypes_lie_within_the_published_bound():
     model = ViTMSNForPreTraining(tiny_config(), 20, 256, 1024)
-    for target, anchor in zip(model.target_encoder.parameters(), model.anchor_encoder.parameters(), strict=True):
+    for target, anchor in zip(
+        model.target_encoder.parameters(), model.anchor_encoder.parameters(), strict=True
+    ):
         assert target.equal(anchor) and target.data_ptr() != anchor.data_ptr()
     bound = 1 / math.sqrt(256)
-    assert model.prototypes.shape == (1024, 256) and 0.99 * bound < model.prototypes.abs().max() <= bound
+    assert (
+        model.prototypes.shape == (1024, 256)
+        and 0.99 * bound < model.prototypes.abs().max() <= bound
+    )
     assert abs(model.prototypes.std() / (bound / math.sqrt(3)) - 1) < 0.02  # uniform
 
 
 def test_a_prior_exponent_reaches_the_loss():
     inputs = step_inputs()
     uniform, power = (pretraining(prior_exponent=exponent)(*inputs) for exponent in (0.0, 1.0))
-    assert not uniform.memax.allclose(power.memax) and uniform.cross_entropy.allclose(power.cross_entropy)
+    assert not uniform.memax.allclose(power.memax) and uniform.cross_entropy.allclose(
+        power.cross_entropy
+    )
 
 
 def test_the_sharpening_of_a_step_overrides_the_one_given_at_construction():

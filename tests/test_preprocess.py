@@ -1,4 +1,5 @@
 """Pictures to pixel values: the published processor's numbers, for every mode that Pillow opens."""
+
 import io
 
 import numpy as np
@@ -23,8 +24,11 @@ def picture(mode: str = "RGB", width: int = 50, height: int = 40, seed: int = 0)
         return picture("RGB", width, height, seed).quantize(64)
     channels = {"L": 1, "1": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}[mode]
     pixels = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return Image.fromarray(pixels[..., 0]).convert(mode) if channels == 1 else Image.merge(
-        mode, [Image.fromarray(pixels[..., c]) for c in range(channels)])
+    return (
+        Image.fromarray(pixels[..., 0]).convert(mode)
+        if channels == 1
+        else Image.merge(mode, [Image.fromarray(pixels[..., c]) for c in range(channels)])
+    )
 
 
 def by_hand(image: Image.Image, size: int) -> torch.Tensor:
@@ -65,8 +69,12 @@ def test_center_crop_is_resize_of_the_shorter_side_then_the_middle(width, height
     scale = size * 256 / 224 / min(width, height)
     w, h = max(size, round(width * scale)), max(size, round(height * scale))
     left, top = (w - size) // 2, (h - size) // 2
-    cropped = image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    assert_close(preprocess(image, config, "center-crop")[0], by_hand(cropped, size), rtol=1e-5, atol=1e-6)
+    cropped = image.resize((w, h), Image.Resampling.BILINEAR).crop(
+        (left, top, left + size, top + size)
+    )
+    assert_close(
+        preprocess(image, config, "center-crop")[0], by_hand(cropped, size), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_list_of_pictures_of_any_sizes_becomes_one_batch():
@@ -79,12 +87,19 @@ def test_a_list_of_pictures_of_any_sizes_becomes_one_batch():
 def test_one_channel_models_get_grey():
     pixels = preprocess(picture(), tiny_config(num_channels=1))
     grey = np.asarray(picture().convert("L").resize((32, 32), Image.Resampling.BILINEAR)) / 255
-    assert_close(pixels[0, 0], torch.from_numpy((grey - MEAN.mean()) / STD.mean()).float(), rtol=1e-5, atol=1e-6)
+    assert_close(
+        pixels[0, 0],
+        torch.from_numpy((grey - MEAN.mean()) / STD.mean()).float(),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_normalize_gives_imagenet_statistics_mean_0_and_deviation_1():
     pixels = torch.tensor(np.stack([MEAN, MEAN + STD, MEAN - STD]))[..., None, None]
-    assert_close(normalize(pixels)[..., 0, 0], torch.tensor([[0.0] * 3, [1.0] * 3, [-1.0] * 3]).double())
+    assert_close(
+        normalize(pixels)[..., 0, 0], torch.tensor([[0.0] * 3, [1.0] * 3, [-1.0] * 3]).double()
+    )
 
 
 def test_an_unknown_protocol_and_no_pictures_are_refused():

@@ -1,4 +1,5 @@
 """Every command and every snippet of the README runs, at a small size, so that none of them can rot."""
+
 import importlib
 import re
 import shlex
@@ -13,13 +14,38 @@ import vitmsn
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = sorted({line.split("#")[0].strip() for language, block in BLOCKS if language == "bash"
-                   for line in block.replace("\\\n", " ").splitlines() if re.search(r"\w+\.py\b", line)})
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for language, block in BLOCKS
+        if language == "bash"
+        for line in block.replace("\\\n", " ").splitlines()
+        if re.search(r"\w+\.py\b", line)
+    }
+)
 # What makes a command small: it comes last, so it wins.
-SMALL = {"train_msn": (*TINY, "--max-steps", "2", "--knn-every", "0"),
-         "finetune": ("--steps", "2", "--labels-per-class", "1,2", "--seeds", "0,1"),
-         "bench": ("--hidden-size", "16", "--num-hidden-layers", "1", "--num-attention-heads", "2", "--patch-size", "8",
-                   "--image-size", "16", "--focal-size", "8", "--repeats", "1", "--threads", "1")}
+SMALL = {
+    "train_msn": (*TINY, "--max-steps", "2", "--knn-every", "0"),
+    "finetune": ("--steps", "2", "--labels-per-class", "1,2", "--seeds", "0,1"),
+    "bench": (
+        "--hidden-size",
+        "16",
+        "--num-hidden-layers",
+        "1",
+        "--num-attention-heads",
+        "2",
+        "--patch-size",
+        "8",
+        "--image-size",
+        "16",
+        "--focal-size",
+        "8",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +53,18 @@ def place(tmp_path_factory):
     """A folder with all that the README's commands name: pictures, an original checkpoint, a finished run."""
     place = tmp_path_factory.mktemp("readme")
     data = make_pictures(place / "data")
-    assert run_here(*TINY, "--data", data, "--output-dir", place / "runs" / "demo-001", "--max-steps", "2") == 0
+    assert (
+        run_here(
+            *TINY, "--data", data, "--output-dir", place / "runs" / "demo-001", "--max-steps", "2"
+        )
+        == 0
+    )
     Image.new("RGB", (40, 30), "red").save(place / "photo.jpg")
     content = vitmsn.read_tensors(place / "runs" / "demo-001" / "checkpoint.pt")
     torch.save(content, place / "vits16_800ep.pth.tar")
-    vitmsn.ViTMSNForImageClassification(vitmsn.ViTMSNConfig.from_pretrained(
-        place / "runs" / "demo-001" / "encoder")).save_pretrained(place / "runs" / "demo-001" / "classifier")
+    vitmsn.ViTMSNForImageClassification(
+        vitmsn.ViTMSNConfig.from_pretrained(place / "runs" / "demo-001" / "encoder")
+    ).save_pretrained(place / "runs" / "demo-001" / "classifier")
     return place
 
 
@@ -42,10 +74,14 @@ def test_each_command_of_the_readme_runs(command, place, monkeypatch, capsys):
     words = shlex.split(command.rpartition("&&")[2])
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     module = importlib.import_module(words[script][:-3])
-    flags = [re.sub(r"^(path/to/\w+|\.\.\.)$", "data", word) for word in words[script + 1:]]
+    flags = [re.sub(r"^(path/to/\w+|\.\.\.)$", "data", word) for word in words[script + 1 :]]
     if "cifar10" in flags:
         flags += ["--data", "data"]  # there is nothing to download it from
-    subcommand = flags[:1] if flags and flags[0] in ("predict", "attention", "embed", "neighbours", "train") else []
+    subcommand = (
+        flags[:1]
+        if flags and flags[0] in ("predict", "attention", "embed", "neighbours", "train")
+        else []
+    )
     small = () if module.__name__ == "finetune" and subcommand else SMALL[module.__name__]
     status = train_msn.run_program(module.main, [*flags, *small])
     printed = capsys.readouterr()

@@ -2,6 +2,7 @@
 
 Skipped without transformers. The published shapes are marked slow: pytest -m slow tests/test_transformers.py
 """
+
 import json
 import re
 from pathlib import Path
@@ -21,9 +22,18 @@ transformers.utils.logging.disable_progress_bar()
 LIMIT = {"rtol": 0, "atol": 2e-5}  # float32
 IMPLEMENTATIONS = ("eager", "sdpa")
 SMALL = {key: value for key, value in TINY.items() if key != "num_labels"}
-ODD = {"plain": {}, "no qkv bias": {"qkv_bias": False}, "one channel": {"num_channels": 1},
-       "size no multiple": {"image_size": 37}, "one layer": {"num_hidden_layers": 1}, "eps": {"layer_norm_eps": 0.1},
-       **{act: {"hidden_act": act} for act in ("gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")}}
+ODD = {
+    "plain": {},
+    "no qkv bias": {"qkv_bias": False},
+    "one channel": {"num_channels": 1},
+    "size no multiple": {"image_size": 37},
+    "one layer": {"num_hidden_layers": 1},
+    "eps": {"layer_norm_eps": 0.1},
+    **{
+        act: {"hidden_act": act}
+        for act in ("gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
+    },
+}
 
 
 def theirs(kind: str, implementation: str = "eager", mask_token: bool = False, **changes):
@@ -34,8 +44,12 @@ def theirs(kind: str, implementation: str = "eager", mask_token: bool = False, *
     return randomized(getattr(transformers, kind)(config, **options), std=0.05).eval()
 
 
-def pixels(config, height: int | None = None, width: int | None = None, images: int = 2) -> torch.Tensor:
-    return randn(images, config.num_channels, height or config.image_size, width or config.image_size)
+def pixels(
+    config, height: int | None = None, width: int | None = None, images: int = 2
+) -> torch.Tensor:
+    return randn(
+        images, config.num_channels, height or config.image_size, width or config.image_size
+    )
 
 
 @torch.no_grad()
@@ -48,7 +62,11 @@ def assert_same_backbone(ours: ViTMSNModel, reference, images: torch.Tensor, mas
         out = ours(images, output_hidden_states=True, output_attentions=True, **options)
         assert_close(out.last_hidden_state, expected.last_hidden_state, **LIMIT)
         assert_close(ours(images, **options).last_hidden_state, expected.last_hidden_state, **LIMIT)
-        assert len(out.hidden_states) == len(expected.hidden_states) == ours.config.num_hidden_layers + 1
+        assert (
+            len(out.hidden_states)
+            == len(expected.hidden_states)
+            == ours.config.num_hidden_layers + 1
+        )
         assert len(out.attentions) == len(expected.attentions) == ours.config.num_hidden_layers
         assert_close(list(out.hidden_states), list(expected.hidden_states), **LIMIT)
         assert_close(list(out.attentions), list(expected.attentions), **LIMIT)
@@ -59,7 +77,8 @@ def from_folder_of(model, folder: Path, cls=ViTMSNModel, **options):
     return cls.from_pretrained(folder, **options)
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
 def test_states_and_attentions_are_the_same(changes, tmp_path):
@@ -70,15 +89,22 @@ def test_states_and_attentions_are_the_same(changes, tmp_path):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_their_sdpa_and_eager_are_both_ours(implementation, tmp_path):
     reference = theirs("ViTMSNModel", implementation)
-    ours, images = from_folder_of(reference, tmp_path, attn_implementation=implementation), pixels(reference.config)
+    ours, images = (
+        from_folder_of(reference, tmp_path, attn_implementation=implementation),
+        pixels(reference.config),
+    )
     with torch.no_grad():
         assert_close(ours(images).last_hidden_state, reference(images).last_hidden_state, **LIMIT)
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (16, 16), (8, 8), (48, 24), (16, 64), (64, 16), (45, 29)])
+@pytest.mark.parametrize(
+    "height, width", [(64, 64), (16, 16), (8, 8), (48, 24), (16, 64), (64, 16), (45, 29)]
+)
 def test_resampled_positions_are_the_same_up_down_and_not_square(height, width, tmp_path):
     reference = theirs("ViTMSNModel")
-    assert_same_backbone(from_folder_of(reference, tmp_path), reference, pixels(reference.config, height, width))
+    assert_same_backbone(
+        from_folder_of(reference, tmp_path), reference, pixels(reference.config, height, width)
+    )
 
 
 def test_the_mask_token_is_the_same(tmp_path):
@@ -88,14 +114,24 @@ def test_the_mask_token_is_the_same(tmp_path):
     assert_same_backbone(ours, reference, pixels(reference.config), masked)
 
 
-@pytest.mark.parametrize("problem, num_labels, labels", [
-    ("regression", 1, torch.tensor([0.5, -1.0])), ("regression", 3, randn(2, 3)), (None, 1, torch.tensor([0.5, -1.0])),
-    ("single_label_classification", 3, torch.tensor([2, 0])), (None, 3, torch.tensor([2, 0])),
-    ("multi_label_classification", 3, torch.tensor([[1.0, 0, 1], [0, 0, 1]])),
-    (None, 3, torch.tensor([[1.0, 0, 1], [0, 0, 1]]))])
+@pytest.mark.parametrize(
+    "problem, num_labels, labels",
+    [
+        ("regression", 1, torch.tensor([0.5, -1.0])),
+        ("regression", 3, randn(2, 3)),
+        (None, 1, torch.tensor([0.5, -1.0])),
+        ("single_label_classification", 3, torch.tensor([2, 0])),
+        (None, 3, torch.tensor([2, 0])),
+        ("multi_label_classification", 3, torch.tensor([[1.0, 0, 1], [0, 0, 1]])),
+        (None, 3, torch.tensor([[1.0, 0, 1], [0, 0, 1]])),
+    ],
+)
 def test_logits_and_losses_of_every_problem_are_the_same(problem, num_labels, labels, tmp_path):
     reference = theirs("ViTMSNForImageClassification", num_labels=num_labels, problem_type=problem)
-    ours, images = from_folder_of(reference, tmp_path, ViTMSNForImageClassification), pixels(reference.config)
+    ours, images = (
+        from_folder_of(reference, tmp_path, ViTMSNForImageClassification),
+        pixels(reference.config),
+    )
     assert ours.config.num_labels == num_labels
     with torch.no_grad():
         expected = reference(images, labels=labels)
@@ -109,7 +145,10 @@ def test_logits_and_losses_of_every_problem_are_the_same(problem, num_labels, la
 
 def test_gradients_are_the_same(tmp_path):
     reference = theirs("ViTMSNForImageClassification", num_labels=3)
-    ours, images = from_folder_of(reference, tmp_path, ViTMSNForImageClassification), pixels(reference.config)
+    ours, images = (
+        from_folder_of(reference, tmp_path, ViTMSNForImageClassification),
+        pixels(reference.config),
+    )
     for model in (ours, reference):
         model(images, labels=torch.tensor([2, 0])).loss.backward()
     assert_close(ours.classifier.weight.grad, reference.classifier.weight.grad, **LIMIT)
@@ -121,11 +160,27 @@ def test_gradients_are_the_same(tmp_path):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_published_shapes_give_the_same_numbers(preset, tmp_path):
     config = ViTMSNConfig.preset(preset)
-    size = config.image_size if config.patch_size == 16 else 14 * config.patch_size  # as many patches, fewer pixels
-    reference = theirs("ViTMSNForImageClassification", image_size=size, num_labels=10, **{
-        name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads",
-                                                 "intermediate_size", "patch_size")})
-    with torch.no_grad():  # transformers' own scale: at the width of these, five hundredths would saturate everything
+    size = (
+        config.image_size if config.patch_size == 16 else 14 * config.patch_size
+    )  # as many patches, fewer pixels
+    reference = theirs(
+        "ViTMSNForImageClassification",
+        image_size=size,
+        num_labels=10,
+        **{
+            name: getattr(config, name)
+            for name in (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "patch_size",
+            )
+        },
+    )
+    with (
+        torch.no_grad()
+    ):  # transformers' own scale: at the width of these, five hundredths would saturate everything
         for parameter in reference.parameters():
             if parameter.ndim > 1:
                 parameter *= 0.4
@@ -136,15 +191,20 @@ def test_the_published_shapes_give_the_same_numbers(preset, tmp_path):
         assert_close(ours(images).logits, reference(images).logits, **LIMIT)
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
+
 
 def old_names(model) -> dict[str, torch.Tensor]:
     """Layout A or B, whatever the version of transformers: names as its files have had them since the beginning."""
-    names = {r"^layers\.": "encoder.layer.", r"\.attention\.q_proj\.": ".attention.attention.query.",
-             r"\.attention\.k_proj\.": ".attention.attention.key.",
-             r"\.attention\.v_proj\.": ".attention.attention.value.",
-             r"\.attention\.o_proj\.": ".attention.output.dense.",
-             r"\.mlp\.fc1\.": ".intermediate.dense.", r"\.mlp\.fc2\.": ".output.dense."}
+    names = {
+        r"^layers\.": "encoder.layer.",
+        r"\.attention\.q_proj\.": ".attention.attention.query.",
+        r"\.attention\.k_proj\.": ".attention.attention.key.",
+        r"\.attention\.v_proj\.": ".attention.attention.value.",
+        r"\.attention\.o_proj\.": ".attention.output.dense.",
+        r"\.mlp\.fc1\.": ".intermediate.dense.",
+        r"\.mlp\.fc2\.": ".output.dense.",
+    }
     state = {}
     for name, value in model.state_dict().items():
         prefix, name = ("vit.", name[4:]) if name.startswith("vit.") else ("", name)
@@ -156,18 +216,31 @@ def old_names(model) -> dict[str, torch.Tensor]:
 
 def new_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Layout D or E from A or B: the names in the memory of transformers 5."""
-    for old, new in (("encoder.layer.", "layers."), ("attention.output.dense", "attention.o_proj"),
-                     ("attention.attention.query", "attention.q_proj"), ("attention.attention.key", "attention.k_proj"),
-                     ("attention.attention.value", "attention.v_proj"), ("intermediate.dense", "mlp.fc1"),
-                     ("output.dense", "mlp.fc2")):
+    for old, new in (
+        ("encoder.layer.", "layers."),
+        ("attention.output.dense", "attention.o_proj"),
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+    ):
         state = {name.replace(old, new): value for name, value in state.items()}
     return state
 
 
-LAYOUTS = {"A": ("ViTMSNModel", lambda state: state), "B": ("ViTMSNForImageClassification", lambda state: state),
-           "C": ("ViTMSNForImageClassification", lambda state: {
-               name.replace("vit.encoder.", "encoder."): value for name, value in state.items()}),
-           "D": ("ViTMSNModel", new_names), "E": ("ViTMSNForImageClassification", new_names)}
+LAYOUTS = {
+    "A": ("ViTMSNModel", lambda state: state),
+    "B": ("ViTMSNForImageClassification", lambda state: state),
+    "C": (
+        "ViTMSNForImageClassification",
+        lambda state: {
+            name.replace("vit.encoder.", "encoder."): value for name, value in state.items()
+        },
+    ),
+    "D": ("ViTMSNModel", new_names),
+    "E": ("ViTMSNForImageClassification", new_names),
+}
 
 
 def write_bin(state, folder):
@@ -181,8 +254,13 @@ def write_safetensors(state, folder):
 def write_shards(state, folder):
     shards = {f"model-0000{i + 1}-of-00003.safetensors": sorted(state)[i::3] for i in range(3)}
     for shard, names in shards.items():
-        safetensors.save_file({name: state[name] for name in names}, folder / shard, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: shard for shard, names in shards.items() for name in names}}
+        safetensors.save_file(
+            {name: state[name] for name in names}, folder / shard, metadata={"format": "pt"}
+        )
+    index = {
+        "metadata": {},
+        "weight_map": {name: shard for shard, names in shards.items() for name in names},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -193,12 +271,24 @@ def test_all_five_layouts_are_read_from_all_containers(layout, write, bias, tmp_
     kind, rename = LAYOUTS[layout]
     reference = theirs(kind, num_labels=3, qkv_bias=bias)
     state = rename(old_names(reference))
-    assert any(name.startswith("layers." if layout == "D" else "vit.layers." if layout == "E" else "encoder."
-                               if layout in "AC" else "vit.encoder.") for name in state)
+    assert any(
+        name.startswith(
+            "layers."
+            if layout == "D"
+            else "vit.layers."
+            if layout == "E"
+            else "encoder."
+            if layout in "AC"
+            else "vit.encoder."
+        )
+        for name in state
+    )
     reference.config.save_pretrained(tmp_path)
     write(state, tmp_path)
     ours, images = globals()[kind].from_pretrained(tmp_path), pixels(reference.config)
-    assert not [w for w in recwarn.list if "vitmsn" in str(w.filename) or str(tmp_path) in str(w.message)]
+    assert not [
+        w for w in recwarn.list if "vitmsn" in str(w.filename) or str(tmp_path) in str(w.message)
+    ]
     body, their_body = (ours, reference) if kind == "ViTMSNModel" else (ours.vit, reference.vit)
     assert_same_backbone(body, their_body, images)
     if kind != "ViTMSNModel":
@@ -219,12 +309,18 @@ def test_shards_that_transformers_writes_are_read(kind, tmp_path):
 @pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
 @pytest.mark.parametrize("container", ["safetensors", "bin"])
 def test_transformers_reads_our_folders_with_no_key_left_over(kind, changes, container, tmp_path):
-    ours = randomized(globals()[kind](ViTMSNConfig(**{**TINY, **changes, "num_labels": 3})), std=0.05).eval()
+    ours = randomized(
+        globals()[kind](ViTMSNConfig(**{**TINY, **changes, "num_labels": 3})), std=0.05
+    ).eval()
     ours.save_pretrained(tmp_path)
     if container == "bin":
-        torch.save(safetensors.load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        torch.save(
+            safetensors.load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin"
+        )
         (tmp_path / "model.safetensors").unlink()
-    reference, report = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
+    reference, report = getattr(transformers, kind).from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     reference.set_attn_implementation("eager")
     images = pixels(ours.config)
@@ -237,10 +333,17 @@ def test_transformers_reads_our_folders_with_no_key_left_over(kind, changes, con
 
 def test_the_auto_classes_load_our_folders_and_their_configs_agree(tmp_path):
     labels = {0: "cat", 1: "dog", 2: "bird"}
-    config = ViTMSNConfig(**SMALL, id2label=labels, hidden_dropout_prob=0.1, problem_type="regression")
+    config = ViTMSNConfig(
+        **SMALL, id2label=labels, hidden_dropout_prob=0.1, problem_type="regression"
+    )
     randomized(ViTMSNForImageClassification(config)).to(torch.bfloat16).save_pretrained(tmp_path)
-    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path, torch_dtype="auto")
-    assert isinstance(model, transformers.ViTMSNForImageClassification) and model.dtype == torch.bfloat16
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path, torch_dtype="auto"
+    )
+    assert (
+        isinstance(model, transformers.ViTMSNForImageClassification)
+        and model.dtype == torch.bfloat16
+    )
     assert isinstance(transformers.AutoModel.from_pretrained(tmp_path), transformers.ViTMSNModel)
     assert model.config.id2label == labels and model.config.num_labels == 3
     assert model.config.label2id == {name: i for i, name in labels.items()}
@@ -250,9 +353,24 @@ def test_the_auto_classes_load_our_folders_and_their_configs_agree(tmp_path):
 
 def test_their_defaults_are_ours_and_their_configs_come_back(tmp_path):
     reference = transformers.ViTMSNConfig()
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-                 "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps",
-                 "image_size", "patch_size", "num_channels", "qkv_bias", "num_labels", "id2label", "label2id"):
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "initializer_range",
+        "layer_norm_eps",
+        "image_size",
+        "patch_size",
+        "num_channels",
+        "qkv_bias",
+        "num_labels",
+        "id2label",
+        "label2id",
+    ):
         assert getattr(reference, name) == getattr(ViTMSNConfig(), name), name
     reference.save_pretrained(tmp_path)
     ours = ViTMSNConfig.from_pretrained(tmp_path).to_dict()

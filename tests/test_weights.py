@@ -1,4 +1,5 @@
 """Reading and writing weights: nothing is lost, nothing is guessed, nothing in a file is executed."""
+
 import json
 import os
 from pathlib import Path
@@ -52,10 +53,16 @@ def as_bin(weights: dict, folder: Path) -> None:
 
 def sharded(weights: dict, folder: Path) -> None:
     names = sorted(weights)
-    shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    shards = {
+        "pytorch_model-00001-of-00002.bin": names[::2],
+        "pytorch_model-00002-of-00002.bin": names[1::2],
+    }
     for shard, members in shards.items():
         torch.save({name: weights[name] for name in members}, folder / shard)
-    index = {"metadata": {}, "weight_map": {name: shard for shard, members in shards.items() for name in members}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: shard for shard, members in shards.items() for name in members},
+    }
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
@@ -65,30 +72,52 @@ def sharded_safetensors(weights: dict, folder: Path) -> None:
     for file in folder.glob("*.bin"):
         save_file(torch.load(file), folder / (file.stem.replace("pytorch_", "") + ".safetensors"))
         file.unlink()
-    text = (folder / "pytorch_model.bin.index.json").read_text().replace("pytorch_", "").replace(".bin", ".safetensors")
+    text = (
+        (folder / "pytorch_model.bin.index.json")
+        .read_text()
+        .replace("pytorch_", "")
+        .replace(".bin", ".safetensors")
+    )
     (folder / "pytorch_model.bin.index.json").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
 
 
-def original_file(path: Path, model: ViTMSNForPreTraining | MSNEncoder, prefix: str = "module.", **more) -> Path:
+def original_file(
+    path: Path, model: ViTMSNForPreTraining | MSNEncoder, prefix: str = "module.", **more
+) -> Path:
     encoder = model.target_encoder if isinstance(model, ViTMSNForPreTraining) else model
     weights = to_original(encoder.state_dict(), encoder.config.num_channels)
-    torch.save({"target_encoder": {prefix + name: value for name, value in weights.items()}, **more}, path)
+    torch.save(
+        {"target_encoder": {prefix + name: value for name, value in weights.items()}, **more}, path
+    )
     return path
 
 
-# -- round trips -------------------------------------------------------------------------------------------------------
+# -- round trips -----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("make", [backbone, classifier])
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}, {"num_channels": 1}, {"image_size": 35},
-                                     {"num_labels": 0}, {"extra": {"mystery": [1]}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qkv_bias": False},
+        {"num_channels": 1},
+        {"image_size": 35},
+        {"num_labels": 0},
+        {"extra": {"mystery": [1]}},
+    ],
+)
 def test_save_then_load_gives_the_same_model(make, changes, tmp_path):
     model = make(**changes)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert same(loaded, model) and not loaded.training
     assert {**loaded.config.to_dict(), "architectures": 0, "torch_dtype": 0} == {
-        **model.config.to_dict(), "architectures": 0, "torch_dtype": 0}
+        **model.config.to_dict(),
+        "architectures": 0,
+        "torch_dtype": 0,
+    }
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["architectures"] == [type(model).__name__] and written["model_type"] == "vit_msn"
 
@@ -124,7 +153,9 @@ def test_a_backbone_reads_a_classifiers_folder_and_a_classifier_a_backbones(tmp_
     body = ViTMSNModel.from_pretrained(tmp_path / "classifier")
     assert same(body, model.vit)
     body.save_pretrained(tmp_path / "backbone")
-    with pytest.warns(UserWarning, match=r"new, drawn at random: classifier\.weight, classifier\.bias"):
+    with pytest.warns(
+        UserWarning, match=r"new, drawn at random: classifier\.weight, classifier\.bias"
+    ):
         again = ViTMSNForImageClassification.from_pretrained(tmp_path / "backbone")
     assert same(again.vit, body)
     assert 0 < again.classifier.weight.std() < 0.05 and (again.classifier.bias == 0).all()
@@ -167,16 +198,23 @@ def test_conversion_tables_are_inverse_and_reach_every_tensor(make, bias):
     expected = {name.removeprefix("vit."): value for name, value in state.items()}
     back = from_transformers(converted)
     assert back.keys() == expected.keys() and all(back[name].equal(expected[name]) for name in back)
-    assert len(converted) == len(state) + 2 * 2 * (1 + bias)  # one qkv tensor is three, in each of two layers
+    assert len(converted) == len(state) + 2 * 2 * (
+        1 + bias
+    )  # one qkv tensor is three, in each of two layers
     if make is backbone:
         again = from_original(to_original(state, 2))
-        assert again.keys() == state.keys() and all(again[name].equal(state[name]) for name in again)
+        assert again.keys() == state.keys() and all(
+            again[name].equal(state[name]) for name in again
+        )
 
 
-# -- the original release and pretraining ------------------------------------------------------------------------------
+# -- the original release and pretraining ----------------------------------------------------------
+
 
 def original_model(**changes) -> ViTMSNForPreTraining:
-    config = tiny_config(hidden_size=128, num_attention_heads=2, intermediate_size=96, **changes)  # heads 64 wide
+    config = tiny_config(
+        hidden_size=128, num_attention_heads=2, intermediate_size=96, **changes
+    )  # heads 64 wide
     model = randomized(ViTMSNForPreTraining(config, 20, 16, 12)).eval()
     randomized(model.target_encoder, seed=1)
     return model
@@ -186,20 +224,34 @@ def original_model(**changes) -> ViTMSNForPreTraining:
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_original_file_is_read_without_a_config(prefix, bias, tmp_path):
     model = original_model(qkv_bias=bias)
-    path = original_file(tmp_path / "vits16_800ep.pth.tar", model, prefix, prototypes=model.prototypes.data)
+    path = original_file(
+        tmp_path / "vits16_800ep.pth.tar", model, prefix, prototypes=model.prototypes.data
+    )
     loaded = ViTMSNModel.from_pretrained(path)
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size",
-                 "patch_size", "num_channels", "qkv_bias"):
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "image_size",
+        "patch_size",
+        "num_channels",
+        "qkv_bias",
+    ):
         assert getattr(loaded.config, name) == getattr(model.config, name), name
-    assert_close(loaded.class_token(IMAGES), model.target_encoder.class_token(IMAGES))
+    assert_close(loaded.representation(IMAGES), model.target_encoder.representation(IMAGES))
     with pytest.warns(UserWarning, match="classifier"):
-        assert ViTMSNForImageClassification.from_pretrained(path, num_labels=3)(IMAGES).logits.shape == (2, 3)
+        assert ViTMSNForImageClassification.from_pretrained(path, num_labels=3)(
+            IMAGES
+        ).logits.shape == (2, 3)
 
 
 def test_an_original_file_with_other_heads_takes_a_config(tmp_path):
     encoder = randomized(MSNEncoder(tiny_config(), 20, 16)).eval()  # heads 8 wide
-    loaded = ViTMSNModel.from_pretrained(original_file(tmp_path / "a.pth.tar", encoder), config=encoder.config)
-    assert_close(loaded.class_token(IMAGES), encoder.class_token(IMAGES))
+    loaded = ViTMSNModel.from_pretrained(
+        original_file(tmp_path / "a.pth.tar", encoder), config=encoder.config
+    )
+    assert_close(loaded.representation(IMAGES), encoder.representation(IMAGES))
 
 
 def test_pretraining_goes_on_from_an_original_file_with_its_head_and_prototypes(tmp_path):
@@ -207,7 +259,9 @@ def test_pretraining_goes_on_from_an_original_file_with_its_head_and_prototypes(
     path = original_file(tmp_path / "a.pth.tar", source, prototypes=source.prototypes.data)
     model = ViTMSNForPreTraining(source.config, 20, 16, 12)
     assert model.load_pretrained(path) == []
-    assert same(model.anchor_encoder, source.target_encoder) and same(model.target_encoder, source.target_encoder)
+    assert same(model.anchor_encoder, source.target_encoder) and same(
+        model.target_encoder, source.target_encoder
+    )
     assert model.prototypes.equal(source.prototypes)
 
 
@@ -215,13 +269,17 @@ def test_pretraining_goes_on_from_an_original_file_with_its_head_and_prototypes(
 def test_pretraining_goes_on_from_a_backbone_alone_with_new_head_and_prototypes(tmp_path):
     source = original_model().target_encoder
     body = ViTMSNModel(source.config)
-    body.load_state_dict({name: value for name, value in source.state_dict().items() if not name.startswith("fc.")})
+    body.load_state_dict(
+        {name: value for name, value in source.state_dict().items() if not name.startswith("fc.")}
+    )
     body.save_pretrained(tmp_path)
     model = ViTMSNForPreTraining(source.config, 20, 16, 12)
     new = model.load_pretrained(tmp_path)
-    assert "prototypes" in new and {name for name in model.anchor_encoder.state_dict() if name[:3] == "fc."} < set(new)
+    assert "prototypes" in new and {
+        name for name in model.anchor_encoder.state_dict() if name[:3] == "fc."
+    } < set(new)
     for encoder in (model.anchor_encoder, model.target_encoder):
-        assert_close(encoder.class_token(IMAGES), body.class_token(IMAGES))
+        assert_close(encoder.representation(IMAGES), body.representation(IMAGES))
     assert same(model.anchor_encoder, model.target_encoder)
 
 
@@ -229,7 +287,9 @@ def test_pretraining_goes_on_from_a_backbone_alone_with_new_head_and_prototypes(
 def test_prototypes_of_another_head_are_left_out_and_positions_are_resampled(tmp_path):
     source = original_model()
     path = original_file(tmp_path / "a.pth.tar", source, prototypes=source.prototypes.data)
-    config = tiny_config(hidden_size=128, num_attention_heads=2, intermediate_size=96, image_size=48)
+    config = tiny_config(
+        hidden_size=128, num_attention_heads=2, intermediate_size=96, image_size=48
+    )
     model = ViTMSNForPreTraining(config, 24, 16, 12)
     start = model.prototypes.clone()
     assert "prototypes" in model.load_pretrained(path) and model.prototypes.equal(start)
@@ -237,16 +297,26 @@ def test_prototypes_of_another_head_are_left_out_and_positions_are_resampled(tmp
     assert_close(model.anchor_encoder.pos_embed.data, resampled)
 
 
-# -- what does not fit is said -----------------------------------------------------------------------------------------
+# -- what does not fit is said ---------------------------------------------------------------------
 
-def test_a_changed_number_of_labels_is_refused_until_mismatched_sizes_are_ignored_and_then_announced(tmp_path):
+
+def test_a_changed_number_of_labels_is_refused_until_mismatched_sizes_are_ignored_and_then_announced(
+    tmp_path,
+):
     model = classifier()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"classifier\.weight \(5, 24\) instead of \(7, 24\).*ignore_mismatched_sizes"):
+    with pytest.raises(
+        ValueError,
+        match=r"classifier\.weight \(5, 24\) instead of \(7, 24\).*ignore_mismatched_sizes",
+    ):
         ViTMSNForImageClassification.from_pretrained(tmp_path, num_labels=7)
     with pytest.warns(UserWarning, match="new, drawn at random: classifier"):
-        loaded = ViTMSNForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
-    assert loaded.config.num_labels == len(loaded.config.id2label) == 7 and loaded(IMAGES).logits.shape == (2, 7)
+        loaded = ViTMSNForImageClassification.from_pretrained(
+            tmp_path, num_labels=7, ignore_mismatched_sizes=True
+        )
+    assert loaded.config.num_labels == len(loaded.config.id2label) == 7 and loaded(
+        IMAGES
+    ).logits.shape == (2, 7)
     assert same(loaded.vit, model.vit)
 
 
@@ -258,12 +328,23 @@ def test_mismatched_positions_are_named(tmp_path):
         ViTMSNModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("lost, named", [
-    ("layernorm.bias", "norm.bias"), ("encoder.layer.1.attention.attention.key.weight", "blocks.1.attn.qkv.weight"),
-    ("embeddings.patch_embeddings.projection.bias", "patch_embed.bias"), ("embeddings.cls_token", "cls_token")])
+@pytest.mark.parametrize(
+    "lost, named",
+    [
+        ("layernorm.bias", "norm.bias"),
+        ("encoder.layer.1.attention.attention.key.weight", "blocks.1.attn.qkv.weight"),
+        ("embeddings.patch_embeddings.projection.bias", "patch_embed.bias"),
+        ("embeddings.cls_token", "cls_token"),
+    ],
+)
 def test_missing_weights_are_named(lost, named, tmp_path):
-    folder = saved(backbone(), tmp_path, lambda weights, folder: as_bin(
-        {name: value for name, value in weights.items() if name != lost}, folder))
+    folder = saved(
+        backbone(),
+        tmp_path,
+        lambda weights, folder: as_bin(
+            {name: value for name, value in weights.items() if name != lost}, folder
+        ),
+    )
     with pytest.raises(ValueError, match=f"missing.*{named}"):
         ViTMSNModel.from_pretrained(folder)
 
@@ -277,8 +358,11 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
 
 
 def test_unexpected_weights_are_named(tmp_path):
-    folder = saved(backbone(), tmp_path, lambda weights, folder: as_bin({**weights, "pooler.weight": torch.ones(2)},
-                                                                        folder))
+    folder = saved(
+        backbone(),
+        tmp_path,
+        lambda weights, folder: as_bin({**weights, "pooler.weight": torch.ones(2)}, folder),
+    )
     with pytest.warns(UserWarning, match=r"not used: pooler\.weight"):
         ViTMSNModel.from_pretrained(folder)
 
@@ -306,8 +390,11 @@ def test_a_pickle_payload_is_refused_and_never_runs(old_format, tmp_path):
     backbone().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink(missing_ok=True)
     for name in ("pytorch_model.bin", "evil.pth.tar"):
-        torch.save({"cls_token": torch.zeros(1), "target_encoder": Payload(str(trap))}, tmp_path / name,
-                   _use_new_zipfile_serialization=not old_format)
+        torch.save(
+            {"cls_token": torch.zeros(1), "target_encoder": Payload(str(trap))},
+            tmp_path / name,
+            _use_new_zipfile_serialization=not old_format,
+        )
     for path in (tmp_path, tmp_path / "evil.pth.tar"):
         with pytest.raises(ValueError, match="can't be read"):
             ViTMSNModel.from_pretrained(path)
@@ -319,17 +406,25 @@ def test_an_index_that_names_a_path_outside_is_refused(shard, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     saved(backbone(), folder, lambda weights, folder: torch.save(weights, tmp_path / "outside.bin"))
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"cls_token": shard}}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": {"cls_token": shard}})
+    )
     with pytest.raises(ValueError, match=r"only weight files beside the index|can't be read"):
         ViTMSNModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no", b"[1, 2]", b"\x80\x02]q\x00.", b"{" * 5000])
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 no", b"[1, 2]", b"\x80\x02]q\x00.", b"{" * 5000]
+)
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.safetensors", "model.safetensors.index.json"]
+)
 def test_a_damaged_file_is_a_value_error_that_names_it(name, content, tmp_path):
     if name == "model.safetensors":
         pytest.importorskip("safetensors")
-    folder = saved(backbone(), tmp_path, lambda weights, folder: (folder / name).write_bytes(content))
+    folder = saved(
+        backbone(), tmp_path, lambda weights, folder: (folder / name).write_bytes(content)
+    )
     with pytest.raises(ValueError, match=name):
         ViTMSNModel.from_pretrained(folder)
 
@@ -338,7 +433,9 @@ def test_a_flipped_bit_in_a_torch_file_is_noticed(tmp_path):
     model = backbone()
     folder = saved(model, tmp_path, as_bin)
     content = bytearray((folder / "pytorch_model.bin").read_bytes())
-    content[content.index(model.norm.weight.detach().numpy().tobytes())] ^= 1  # a weight, ever so slightly
+    content[content.index(model.norm.weight.detach().numpy().tobytes())] ^= (
+        1  # a weight, ever so slightly
+    )
     (folder / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin can't be read"):
         ViTMSNModel.from_pretrained(folder)
