@@ -24,8 +24,8 @@ Shapes are written in these letters, as in the einops patterns (in brackets the 
     e  width of the projection (d)    h  attention heads
     c  channels                       p  side of a square patch, in pixels (N)
 
-"b n d" is a tensor of three axes; "(v b) e" one of two, whose first holds all b records of the
-first view, then all b of the second, and so on.
+"b n d" is a tensor of three axes. "(v b) e" has two: along the first come all b images of the first
+view, then all b of the second, and so on. (In the objective p is a probability, as in the paper.)
 """
 
 import copy
@@ -94,7 +94,7 @@ class ViTMSNConfig:
     drop_path_rate: float = 0.0  # stochastic depth of the last layer
     extra: dict = field(default_factory=dict)  # other keys of a config.json, written back
 
-    def __post_init__(self):
+    def __post_init__(self):  # both functions are in the file's last part, "Checks"
         complete_labels(self)
         check_config(self)
 
@@ -230,8 +230,8 @@ class Attention(nn.Module):
     def forward_class_token(self, x: Tensor) -> Tensor:
         """What forward gives for the class token, and nothing else: less work. x: b n d -> b 1 d.
 
-        Only the class token asks, but every token still answers: the query is made of one token,
-        key and value of all. So the fused projection is cut into its query part and the rest.
+        The class token alone has a query, but every token has a key and a value. So the fused
+        projection is cut in two: its first third makes the query, the rest keys and values.
         """
         width = x.shape[-1]
         query_bias = None
@@ -686,13 +686,14 @@ def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_pro
 #
 #     minimise   1/(M B) Σ_i Σ_m H(p⁺_i, p_i,m)  -  λ H(p̄)                                     (1)
 #
-#     p_i,m = softmax(z_i,m . q / τ)       of anchor view m of image i               log_assign
-#     p⁺_i  = Sinkhorn(p_i^(1/T))          of its target view; no gradient   sharpen, sinkhorn
-#     H(p⁺, p) = - Σ_k p⁺_k log p_k        each anchor view predicts its target   cross_entropy
-#     p̄ = 1/(M B) Σ_i Σ_m p_i,m            mean prediction of the batch                   me_max
-#     H(p̄) = - Σ_k p̄_k log p̄_k             high if all prototypes are in use              me_max
+#     p_i,m = softmax(z_i,m . q / τ)                 prediction of anchor view m of image i
+#     p⁺_i  = Sinkhorn(softmax(z⁺_i . q / (T τ)))    target of image i; it gets no gradient
+#     H(p⁺, p) = - Σ_k p⁺_k log p_k                  low if the anchor view predicts the target
+#     p̄ = 1/(M B) Σ_i Σ_m p_i,m                      mean prediction of the batch
+#     H(p̄) = - Σ_k p̄_k log p̄_k                       high if all prototypes are in use
 #
-# In code i is an index along b, m along v; τ is temperature, T sharpening, λ memax_weight.
+# In the code images i run along axis b, views m along v and prototypes along k; τ is temperature,
+# T is sharpening, λ is memax_weight.
 
 
 def cross_entropy(log_p: Tensor, p_plus: Tensor) -> Tensor:

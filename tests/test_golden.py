@@ -78,6 +78,7 @@ class Golden:
 
 
 def test_the_loss_its_terms_gradients_and_statistics_are_those_of_the_published_code():
+    """loss.npz: msn_loss and its gradients, with each option on and off."""
     golden = Golden("loss")
     for i in range(golden.number("num_cases")):
         c = f"c{i}_"
@@ -121,6 +122,7 @@ def test_the_loss_its_terms_gradients_and_statistics_are_those_of_the_published_
 
 
 def test_sinkhorn_is_that_of_the_published_code():
+    """sinkhorn.npz: the matrix after one and after three iterations."""
     golden = Golden("sinkhorn")
     for i in range(golden.number("num_cases")):
         log_p = golden.tensor(f"s{i}_in").log()
@@ -146,6 +148,7 @@ def scheduled(
 
 
 def test_the_schedules_are_those_of_the_published_code():
+    """schedules.npz: every step's learning rate, weight decay, sharpening and momentum."""
     train_msn = pytest.importorskip("train_msn")
     golden = Golden("schedules")
     for name in golden.raw("names").tolist():
@@ -406,6 +409,7 @@ def test_ten_training_steps_leave_the_numbers_of_the_published_code():
 
 
 def test_the_logistic_probe_finds_the_minimum():
+    """logistic.npz: weights, objective and predictions of the probe for each penalty."""
     finetune = pytest.importorskip("finetune")
     if not hasattr(finetune, "fit_logistic_probe"):
         pytest.skip("finetune.py has no logistic probe yet")

@@ -57,11 +57,13 @@ def classifier(**changes) -> ViTMSNForImageClassification:
     ],
 )
 def test_values_no_model_can_have_are_refused_with_what_to_do(values, says):
+    """A config that no model can have is refused by a message that names the field."""
     with pytest.raises(ValueError, match=says.replace("[", r"\[")):
         ViTMSNConfig(**values)
 
 
 def test_the_defaults_are_those_of_transformers():
+    """A config without arguments is the one of transformers."""
     expected = {
         "hidden_size": 768,
         "num_hidden_layers": 12,
@@ -82,6 +84,7 @@ def test_the_defaults_are_those_of_transformers():
 
 
 def test_presets_are_the_published_shapes():
+    """The presets are the six models of the paper, and any field can be changed."""
     shapes = {
         name: (
             c.hidden_size,
@@ -120,6 +123,7 @@ unknown = st.dictionaries(words.map("x_".__add__), json_values, max_size=4)
     problem=st.sampled_from([None, "regression", "multi_label_classification"]),
 )
 def test_a_config_survives_config_json_with_keys_it_does_not_know(labels, extra, bias, problem):
+    """Writing and reading config.json gives an equal config, unknown keys included."""
     config = tiny_config(
         num_labels=None,
         id2label=dict(enumerate(labels)),
@@ -144,6 +148,7 @@ def test_a_config_survives_config_json_with_keys_it_does_not_know(labels, extra,
     ],
 )
 def test_a_config_of_something_else_is_refused(content, says, tmp_path):
+    """A config.json of another model, or of none, is refused in words."""
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=says):
         ViTMSNConfig.from_pretrained(tmp_path)
@@ -164,23 +169,27 @@ def test_a_config_of_something_else_is_refused(content, says, tmp_path):
     ],
 )
 def test_pixels_of_a_wrong_size_channels_or_kind_are_refused_with_what_to_pass(pixels, says):
+    """Wrong images are refused by a message that says what to pass."""
     for model in (backbone(), classifier()):
         with pytest.raises(ValueError, match=says):
             model(pixels)
 
 
 def test_images_smaller_than_a_patch_are_refused():
+    """An image has to hold at least one patch."""
     with pytest.raises(ValueError, match="one patch"):
         backbone()(torch.zeros(1, 3, 7, 40), interpolate_pos_encoding=True)
 
 
 @given(height=st.integers(8, 70), width=st.integers(8, 70))
 def test_any_image_of_at_least_one_patch_can_be_interpolated_to(height, width):
+    """With resampled positions any height and width of a patch or more works."""
     out = backbone()(randn(1, 3, height, width), interpolate_pos_encoding=True).last_hidden_state
     assert out.shape == (1, 1 + height // 8 * (width // 8), 24)
 
 
 def test_as_many_patches_in_another_shape_are_resampled():
+    """An image that is not square gets resampled positions even if the count fits."""
     model, image = backbone(), randn(1, 3, 64, 16)  # 16 patches, as in 32 x 32
     resampled = model.embed(image, interpolate_pos_encoding=True)
     model.pos_embed.data[:, 1:] = model.pos_embed[:, 1:].flip(1)
@@ -202,6 +211,7 @@ def test_as_many_patches_in_another_shape_are_resampled():
 
 
 def test_an_image_size_that_is_no_multiple_of_the_patch_drops_the_rest():
+    """Pixels that fill no patch do not reach the output."""
     model, images = backbone(image_size=35), randn(2, 3, 35, 35)
     padded = images.clone()
     padded[..., 32:, :] = 100
@@ -210,6 +220,7 @@ def test_an_image_size_that_is_no_multiple_of_the_patch_drops_the_rest():
 
 
 def test_pixels_are_cast_to_the_weights_dtype():
+    """The dtype of the weights decides, not that of the pixels."""
     images = randn(2, 3, 32, 32)
     assert_close(
         backbone()(images.double()).last_hidden_state, backbone()(images).last_hidden_state
@@ -218,6 +229,7 @@ def test_pixels_are_cast_to_the_weights_dtype():
 
 
 def test_masked_patches_are_replaced_by_the_mask_token():
+    """The mask token and the patch's position stand where bool_masked_pos is True."""
     model, images = randomized(ViTMSNModel(tiny_config(), use_mask_token=True)), randn(2, 3, 32, 32)
     masked = torch.zeros(2, 16, dtype=torch.bool)
     masked[0, 3] = masked[1, 5] = True
@@ -243,6 +255,7 @@ def test_masked_patches_are_replaced_by_the_mask_token():
     kept=st.integers(1, 16),
 )
 def test_the_outputs_asked_for_are_complete_and_consistent(layers, implementation, kept):
+    """Hidden states and attentions of every layer fit the last state and each other."""
     model, images = (
         backbone(num_hidden_layers=layers, attn_implementation=implementation),
         randn(2, 3, 32, 32),
@@ -263,6 +276,7 @@ def test_the_outputs_asked_for_are_complete_and_consistent(layers, implementatio
 
 @given(seed=st.integers(0, 2**31), size=st.sampled_from([16, 32, 48]))
 def test_logits_are_the_same_with_and_without_hidden_states(seed, size):
+    """The shorter way through the last layer gives the same logits."""
     model, images = classifier(), randn(3, 3, size, size, seed=seed)
     out = model(images, interpolate_pos_encoding=True, output_hidden_states=True)
     assert_close(
@@ -272,6 +286,7 @@ def test_logits_are_the_same_with_and_without_hidden_states(seed, size):
 
 
 def test_no_labels_make_the_head_the_identity():
+    """With num_labels=0 the logits are the normalised class token."""
     model, images = classifier(num_labels=0), randn(2, 3, 32, 32)
     assert_close(
         model(images).logits, model.vit(images).last_hidden_state[:, 0], rtol=1e-4, atol=1e-5
@@ -289,6 +304,7 @@ def test_no_labels_make_the_head_the_identity():
     ],
 )
 def test_the_kind_of_problem_is_inferred_from_the_labels(num_labels, labels, problem):
+    """Labels decide between the three losses, which equal their formulas."""
     model, images = classifier(num_labels=num_labels), randn(2, 3, 32, 32)
     out = model(images, labels=labels)
     expected = {
@@ -306,6 +322,7 @@ def test_the_kind_of_problem_is_inferred_from_the_labels(num_labels, labels, pro
 
 
 def test_a_constructor_leaves_training_mode_on():
+    """A new model is in training mode, as any module of torch."""
     assert (
         ViTMSNModel(tiny_config()).training and ViTMSNForImageClassification(tiny_config()).training
     )
@@ -315,6 +332,7 @@ def test_a_constructor_leaves_training_mode_on():
 
 
 def test_gradient_checkpointing_gives_the_same_gradients_even_with_dropout():
+    """Computing layers again in the backward pass changes no gradient."""
     gradients = []
     for enable in (False, True):
         model = classifier(
@@ -334,6 +352,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_even_with_dropout():
 
 
 def test_the_attention_of_every_layer_can_be_switched():
+    """set_attn_implementation reaches the config and all layers, and refuses other names."""
     model = classifier()
     model.set_attn_implementation("eager")
     assert model.config.attn_implementation == "eager"
@@ -345,6 +364,7 @@ def test_the_attention_of_every_layer_can_be_switched():
 @pytest.mark.parametrize("make", [backbone, classifier])
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(make, compiler):
+    """torch.compile finds no graph break, and the outputs stay the same."""
     model, images = make().eval(), randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     with torch.no_grad():
@@ -353,6 +373,7 @@ def test_compiles_as_one_graph(make, compiler):
 
 @pytest.mark.slow
 def test_the_pretraining_loss_compiles_as_one_graph():
+    """The whole of a pretraining forward pass compiles without a graph break."""
     model = randomized(ViTMSNForPreTraining(tiny_config(), 20, 16, 12))
     views, keep = [randn(4, 3, 32, 32), randn(4, 3, 16, 16)], [torch.arange(9).expand(4, -1), None]
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -361,6 +382,7 @@ def test_the_pretraining_loss_compiles_as_one_graph():
 
 @pytest.mark.parametrize("make", [backbone, classifier])
 def test_exports_with_pixel_values_named_or_not(make):
+    """torch.export gives the same outputs from positional and from named arguments."""
     model, images = make().eval(), randn(2, 3, 32, 32)
     for positional, named in (((images,), {}), ((), {"pixel_values": images})):
         exported = torch.export.export(model, positional, named).module()
@@ -370,13 +392,15 @@ def test_exports_with_pixel_values_named_or_not(make):
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_half_precision_stays_near_float32(dtype, limit, implementation):
+    """Models in bfloat16 and float16 give nearly the logits of float32."""
     model, images = classifier(attn_implementation=implementation).eval(), randn(4, 3, 32, 32)
     logits, half = model(images).logits, model.to(dtype)(images).logits
     assert half.dtype == dtype
     assert (half.float() - logits).abs().max() < limit * logits.abs().max()
 
 
-def test_autocast_trains():
+def test_a_classifier_trains_under_autocast():
+    """Under autocast the loss is near float32's and all gradients are finite."""
     model, images = classifier(), randn(4, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(images, labels=torch.arange(4))
@@ -389,6 +413,7 @@ def test_autocast_trains():
 
 
 def test_pretraining_under_autocast_gives_a_float32_loss_near_the_float32_one():
+    """Under autocast the objective is computed in float32."""
     model = randomized(ViTMSNForPreTraining(tiny_config(), 20, 16, 12)).train()
     views, keep = [randn(8, 3, 32, 32), randn(8, 3, 16, 16)], [torch.arange(9).expand(8, -1), None]
     with torch.autocast("cpu", torch.bfloat16):
@@ -400,6 +425,7 @@ def test_pretraining_under_autocast_gives_a_float32_loss_near_the_float32_one():
 
 
 def test_models_built_on_the_meta_device_take_weights_later():
+    """A model can be made without memory and filled by load_state_dict."""
     for make in (
         lambda: ViTMSNModel(tiny_config(), use_mask_token=True),
         lambda: ViTMSNForImageClassification(tiny_config()),

@@ -39,12 +39,14 @@ def by_hand(image: Image.Image, size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "LA", "P", "RGBA", "CMYK"])
 def test_pictures_of_every_mode_go_through_rgb(mode):
+    """Any mode of Pillow gives the pixel values of the picture converted to RGB."""
     pixels = preprocess(picture(mode), tiny_config())
     assert pixels.shape == (1, 3, 32, 32)
     assert_close(pixels[0], by_hand(picture(mode).convert("RGB"), 32), rtol=1e-5, atol=1e-6)
 
 
 def test_sixteen_bit_pictures_are_scaled_not_clipped():
+    """16-bit grey keeps its range of brightness."""
     image = picture("I;16")
     grey = Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
     assert_close(preprocess(image, tiny_config())[0], by_hand(grey, 32), rtol=1e-5, atol=1e-6)
@@ -53,6 +55,7 @@ def test_sixteen_bit_pictures_are_scaled_not_clipped():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_upright_by_their_exif_orientation(orientation):
+    """All eight orientations of EXIF are undone."""
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
     picture().save(file, format="PNG", exif=exif)
@@ -65,6 +68,7 @@ def test_pictures_are_turned_upright_by_their_exif_orientation(orientation):
 
 @given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(16, 48))
 def test_center_crop_is_resize_of_the_shorter_side_then_the_middle(width, height, size):
+    """center-crop is the paper's evaluation: 256 of 224, then the middle."""
     image, config = picture(width=width, height=height), tiny_config(image_size=size)
     scale = size * 256 / 224 / min(width, height)
     w, h = max(size, round(width * scale)), max(size, round(height * scale))
@@ -78,6 +82,7 @@ def test_center_crop_is_resize_of_the_shorter_side_then_the_middle(width, height
 
 
 def test_a_list_of_pictures_of_any_sizes_becomes_one_batch():
+    """A list gives what its pictures give one by one."""
     images = [picture(), picture("L", 10, 70), picture("P", 32, 32)]
     batch = preprocess(images, tiny_config())
     assert batch.shape == (3, 3, 32, 32) and batch.dtype == torch.float32
@@ -85,6 +90,7 @@ def test_a_list_of_pictures_of_any_sizes_becomes_one_batch():
 
 
 def test_one_channel_models_get_grey():
+    """Grey is normalised by the means of ImageNet's three statistics."""
     pixels = preprocess(picture(), tiny_config(num_channels=1))
     grey = np.asarray(picture().convert("L").resize((32, 32), Image.Resampling.BILINEAR)) / 255
     assert_close(
@@ -96,6 +102,7 @@ def test_one_channel_models_get_grey():
 
 
 def test_normalize_gives_imagenet_statistics_mean_0_and_deviation_1():
+    """ImageNet's mean becomes 0, one deviation more or less 1 and -1."""
     pixels = torch.tensor(np.stack([MEAN, MEAN + STD, MEAN - STD]))[..., None, None]
     assert_close(
         normalize(pixels)[..., 0, 0], torch.tensor([[0.0] * 3, [1.0] * 3, [-1.0] * 3]).double()
@@ -103,6 +110,7 @@ def test_normalize_gives_imagenet_statistics_mean_0_and_deviation_1():
 
 
 def test_an_unknown_protocol_and_no_pictures_are_refused():
+    """What cannot be preprocessed is refused in words."""
     with pytest.raises(ValueError, match="center-crop"):
         preprocess(picture(), tiny_config(), "crop")
     with pytest.raises(ValueError, match="at least one"):

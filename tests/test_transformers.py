@@ -82,12 +82,14 @@ def from_folder_of(model, folder: Path, cls=ViTMSNModel, **options):
 
 @pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
 def test_states_and_attentions_are_the_same(changes, tmp_path):
+    """All hidden states and attentions agree, for every kind of config."""
     reference = theirs("ViTMSNModel", **changes)
     assert_same_backbone(from_folder_of(reference, tmp_path), reference, pixels(reference.config))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_their_sdpa_and_eager_are_both_ours(implementation, tmp_path):
+def test_both_attention_implementations_are_the_same(implementation, tmp_path):
+    """Either implementation of attention agrees with the same one there."""
     reference = theirs("ViTMSNModel", implementation)
     ours, images = (
         from_folder_of(reference, tmp_path, attn_implementation=implementation),
@@ -101,6 +103,7 @@ def test_their_sdpa_and_eager_are_both_ours(implementation, tmp_path):
     "height, width", [(64, 64), (16, 16), (8, 8), (48, 24), (16, 64), (64, 16), (45, 29)]
 )
 def test_resampled_positions_are_the_same_up_down_and_not_square(height, width, tmp_path):
+    """Images of other sizes and shapes agree."""
     reference = theirs("ViTMSNModel")
     assert_same_backbone(
         from_folder_of(reference, tmp_path), reference, pixels(reference.config, height, width)
@@ -108,6 +111,7 @@ def test_resampled_positions_are_the_same_up_down_and_not_square(height, width, 
 
 
 def test_the_mask_token_is_the_same(tmp_path):
+    """Masked patches agree."""
     reference = theirs("ViTMSNModel", mask_token=True)
     masked = torch.rand(2, 16) < 0.5
     ours = from_folder_of(reference, tmp_path, use_mask_token=True)
@@ -127,6 +131,7 @@ def test_the_mask_token_is_the_same(tmp_path):
     ],
 )
 def test_logits_and_losses_of_every_problem_are_the_same(problem, num_labels, labels, tmp_path):
+    """Logits, losses and the inferred kind of problem agree."""
     reference = theirs("ViTMSNForImageClassification", num_labels=num_labels, problem_type=problem)
     ours, images = (
         from_folder_of(reference, tmp_path, ViTMSNForImageClassification),
@@ -144,6 +149,7 @@ def test_logits_and_losses_of_every_problem_are_the_same(problem, num_labels, la
 
 
 def test_gradients_are_the_same(tmp_path):
+    """Gradients agree at both ends of the model."""
     reference = theirs("ViTMSNForImageClassification", num_labels=3)
     ours, images = (
         from_folder_of(reference, tmp_path, ViTMSNForImageClassification),
@@ -159,6 +165,7 @@ def test_gradients_are_the_same(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_published_shapes_give_the_same_numbers(preset, tmp_path):
+    """The six models of the paper agree."""
     config = ViTMSNConfig.preset(preset)
     size = (
         config.image_size if config.patch_size == 16 else 14 * config.patch_size
@@ -268,6 +275,7 @@ def write_shards(state, folder):
 @pytest.mark.parametrize("write", [write_bin, write_safetensors, write_shards])
 @pytest.mark.parametrize("bias", [True, False])
 def test_all_five_layouts_are_read_from_all_containers(layout, write, bias, tmp_path, recwarn):
+    """Every layout of names in every kind of file is read, without a warning."""
     kind, rename = LAYOUTS[layout]
     reference = theirs(kind, num_labels=3, qkv_bias=bias)
     state = rename(old_names(reference))
@@ -298,6 +306,7 @@ def test_all_five_layouts_are_read_from_all_containers(layout, write, bias, tmp_
 
 @pytest.mark.parametrize("kind", ["ViTMSNModel", "ViTMSNForImageClassification"])
 def test_shards_that_transformers_writes_are_read(kind, tmp_path):
+    """A model that transformers cut into shards is read."""
     reference = theirs(kind, num_labels=3)
     reference.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -309,6 +318,7 @@ def test_shards_that_transformers_writes_are_read(kind, tmp_path):
 @pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
 @pytest.mark.parametrize("container", ["safetensors", "bin"])
 def test_transformers_reads_our_folders_with_no_key_left_over(kind, changes, container, tmp_path):
+    """What we write, transformers loads completely."""
     ours = randomized(
         globals()[kind](ViTMSNConfig(**{**TINY, **changes, "num_labels": 3})), std=0.05
     ).eval()
@@ -332,6 +342,7 @@ def test_transformers_reads_our_folders_with_no_key_left_over(kind, changes, con
 
 
 def test_the_auto_classes_load_our_folders_and_their_configs_agree(tmp_path):
+    """AutoModel finds the class, the labels and all settings."""
     labels = {0: "cat", 1: "dog", 2: "bird"}
     config = ViTMSNConfig(
         **SMALL, id2label=labels, hidden_dropout_prob=0.1, problem_type="regression"
@@ -351,7 +362,8 @@ def test_the_auto_classes_load_our_folders_and_their_configs_agree(tmp_path):
         assert getattr(model.config, name) == value, name
 
 
-def test_their_defaults_are_ours_and_their_configs_come_back(tmp_path):
+def test_default_configs_are_the_same_and_one_of_transformers_is_read(tmp_path):
+    """Default configs agree, and one written there is read without a loss."""
     reference = transformers.ViTMSNConfig()
     for name in (
         "hidden_size",
@@ -378,7 +390,8 @@ def test_their_defaults_are_ours_and_their_configs_come_back(tmp_path):
     assert {key: ours[key] for key in written if key != "architectures"} == written
 
 
-def test_what_they_refuse_we_refuse():
+def test_images_that_transformers_refuses_are_refused():
+    """Both refuse images of another size and of another number of channels."""
     reference = theirs("ViTMSNModel")
     ours = ViTMSNModel(ViTMSNConfig(**SMALL))
     for images in (randn(1, 3, 48, 48), randn(1, 1, 32, 32)):

@@ -109,6 +109,7 @@ def original_file(
     ],
 )
 def test_save_then_load_gives_the_same_model(make, changes, tmp_path):
+    """What save_pretrained writes, from_pretrained reads: weights and config are equal."""
     model = make(**changes)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
@@ -125,11 +126,13 @@ def test_save_then_load_gives_the_same_model(make, changes, tmp_path):
 @pytest.mark.parametrize("write", [as_bin, sharded, sharded_safetensors])
 @pytest.mark.parametrize("make", [backbone, classifier])
 def test_every_container_is_read(write, make, tmp_path):
+    """One file or shards, of torch or safetensors, hold the same model."""
     model = make()
     assert same(type(model).from_pretrained(saved(model, tmp_path, write)), model)
 
 
 def test_without_the_safetensors_package_a_bin_file_is_written(tmp_path, monkeypatch):
+    """safetensors is optional for writing; reading its files says to install it."""
     model = classifier()
     model.save_pretrained(tmp_path / "with")
     monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
@@ -142,12 +145,14 @@ def test_without_the_safetensors_package_a_bin_file_is_written(tmp_path, monkeyp
 
 
 def test_a_file_beside_its_config_can_be_named(tmp_path):
+    """A weight file in a folder with config.json is as good as the folder."""
     model = classifier()
     saved(model, tmp_path, as_bin)
     assert same(ViTMSNForImageClassification.from_pretrained(tmp_path / "pytorch_model.bin"), model)
 
 
 def test_a_backbone_reads_a_classifiers_folder_and_a_classifier_a_backbones(tmp_path):
+    """Backbones and classifiers read each other's folders; a new head is announced."""
     model = classifier()
     model.save_pretrained(tmp_path / "classifier")
     body = ViTMSNModel.from_pretrained(tmp_path / "classifier")
@@ -162,6 +167,7 @@ def test_a_backbone_reads_a_classifiers_folder_and_a_classifier_a_backbones(tmp_
 
 
 def test_the_mask_token_is_written_read_and_announced(tmp_path):
+    """The mask token is read if wanted, dropped if not, and announced if new."""
     model = randomized(ViTMSNModel(tiny_config(), use_mask_token=True))
     model.save_pretrained(tmp_path / "with")
     assert same(ViTMSNModel.from_pretrained(tmp_path / "with", use_mask_token=True), model)
@@ -173,6 +179,7 @@ def test_the_mask_token_is_written_read_and_announced(tmp_path):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_stored_dtype_is_kept_unless_another_is_asked_for(stored, tmp_path):
+    """Loading keeps the stored dtype; torch_dtype and dtype change it."""
     model = backbone().to(stored)
     model.save_pretrained(tmp_path)
     for asked in (None, "auto"):
@@ -183,6 +190,7 @@ def test_the_stored_dtype_is_kept_unless_another_is_asked_for(stored, tmp_path):
 
 
 def test_the_attention_can_be_chosen_at_loading(tmp_path):
+    """attn_implementation reaches all layers, and other names are refused."""
     backbone().save_pretrained(tmp_path)
     model = ViTMSNModel.from_pretrained(tmp_path, attn_implementation="eager")
     assert {block.attn.implementation for block in model.blocks} == {"eager"}
@@ -193,6 +201,7 @@ def test_the_attention_can_be_chosen_at_loading(tmp_path):
 @pytest.mark.parametrize("make", [backbone, classifier])
 @pytest.mark.parametrize("bias", [True, False])
 def test_conversion_tables_are_inverse_and_reach_every_tensor(make, bias):
+    """Converting to another layout and back gives every tensor back."""
     state = make(qkv_bias=bias, num_channels=2).state_dict()
     converted = to_transformers(state, 2)
     expected = {name.removeprefix("vit."): value for name, value in state.items()}
@@ -223,6 +232,7 @@ def original_model(**changes) -> ViTMSNForPreTraining:
 @pytest.mark.parametrize("prefix", ["module.", ""])
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_original_file_is_read_without_a_config(prefix, bias, tmp_path):
+    """The shapes of a released checkpoint tell its config; the target encoder is read."""
     model = original_model(qkv_bias=bias)
     path = original_file(
         tmp_path / "vits16_800ep.pth.tar", model, prefix, prototypes=model.prototypes.data
@@ -247,6 +257,7 @@ def test_an_original_file_is_read_without_a_config(prefix, bias, tmp_path):
 
 
 def test_an_original_file_with_other_heads_takes_a_config(tmp_path):
+    """If heads are not 64 wide, a config has to say so."""
     encoder = randomized(MSNEncoder(tiny_config(), 20, 16)).eval()  # heads 8 wide
     loaded = ViTMSNModel.from_pretrained(
         original_file(tmp_path / "a.pth.tar", encoder), config=encoder.config
@@ -255,6 +266,7 @@ def test_an_original_file_with_other_heads_takes_a_config(tmp_path):
 
 
 def test_pretraining_goes_on_from_an_original_file_with_its_head_and_prototypes(tmp_path):
+    """Where all shapes fit, nothing stays new."""
     source = original_model()
     path = original_file(tmp_path / "a.pth.tar", source, prototypes=source.prototypes.data)
     model = ViTMSNForPreTraining(source.config, 20, 16, 12)
@@ -267,6 +279,7 @@ def test_pretraining_goes_on_from_an_original_file_with_its_head_and_prototypes(
 
 @pytest.mark.filterwarnings("ignore:.*new, drawn at random")
 def test_pretraining_goes_on_from_a_backbone_alone_with_new_head_and_prototypes(tmp_path):
+    """A backbone starts both encoders; head and prototypes stay new."""
     source = original_model().target_encoder
     body = ViTMSNModel(source.config)
     body.load_state_dict(
@@ -285,6 +298,7 @@ def test_pretraining_goes_on_from_a_backbone_alone_with_new_head_and_prototypes(
 
 @pytest.mark.filterwarnings("ignore:.*new, drawn at random")
 def test_prototypes_of_another_head_are_left_out_and_positions_are_resampled(tmp_path):
+    """Another head or grid: new head and prototypes, resampled positions."""
     source = original_model()
     path = original_file(tmp_path / "a.pth.tar", source, prototypes=source.prototypes.data)
     config = tiny_config(
@@ -300,9 +314,10 @@ def test_prototypes_of_another_head_are_left_out_and_positions_are_resampled(tmp
 # -- what does not fit is said ---------------------------------------------------------------------
 
 
-def test_a_changed_number_of_labels_is_refused_until_mismatched_sizes_are_ignored_and_then_announced(
+def test_another_number_of_labels_is_refused_or_on_demand_announced(
     tmp_path,
 ):
+    """A head of another size is refused, or on demand drawn anew and announced."""
     model = classifier()
     model.save_pretrained(tmp_path)
     with pytest.raises(
@@ -321,6 +336,7 @@ def test_a_changed_number_of_labels_is_refused_until_mismatched_sizes_are_ignore
 
 
 def test_mismatched_positions_are_named(tmp_path):
+    """The error for a wrong shape names the weight and both shapes."""
     backbone().save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "image_size": 48}))
@@ -338,6 +354,7 @@ def test_mismatched_positions_are_named(tmp_path):
     ],
 )
 def test_missing_weights_are_named(lost, named, tmp_path):
+    """The error for a missing weight names it by our name."""
     folder = saved(
         backbone(),
         tmp_path,
@@ -350,6 +367,7 @@ def test_missing_weights_are_named(lost, named, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path):
+    """Weights that are NaN or infinite are refused by name."""
     model = backbone()
     model.norm.bias.data[3] = float("nan")
     model.save_pretrained(tmp_path)
@@ -358,6 +376,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
 
 
 def test_unexpected_weights_are_named(tmp_path):
+    """A weight that the model has no use for is announced."""
     folder = saved(
         backbone(),
         tmp_path,
@@ -367,7 +386,8 @@ def test_unexpected_weights_are_named(tmp_path):
         ViTMSNModel.from_pretrained(folder)
 
 
-def test_a_complete_file_is_loaded_without_a_word(tmp_path, recwarn):
+def test_a_complete_file_is_loaded_without_a_warning(tmp_path, recwarn):
+    """Where everything fits, or is only the head of a classifier, there is no warning."""
     classifier().save_pretrained(tmp_path)
     ViTMSNForImageClassification.from_pretrained(tmp_path)
     ViTMSNModel.from_pretrained(tmp_path)
@@ -386,6 +406,7 @@ class Payload:
 
 @pytest.mark.parametrize("old_format", [False, True])
 def test_a_pickle_payload_is_refused_and_never_runs(old_format, tmp_path):
+    """Loading executes nothing that a file holds."""
     trap = tmp_path / "executed"
     backbone().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink(missing_ok=True)
@@ -403,6 +424,7 @@ def test_a_pickle_payload_is_refused_and_never_runs(old_format, tmp_path):
 
 @pytest.mark.parametrize("shard", ["../outside.bin", "/tmp/outside.bin", "sub/inside.bin", ".."])
 def test_an_index_that_names_a_path_outside_is_refused(shard, tmp_path):
+    """An index of shards reads only files beside it."""
     folder = tmp_path / "model"
     folder.mkdir()
     saved(backbone(), folder, lambda weights, folder: torch.save(weights, tmp_path / "outside.bin"))
@@ -420,6 +442,7 @@ def test_an_index_that_names_a_path_outside_is_refused(shard, tmp_path):
     "name", ["pytorch_model.bin", "model.safetensors", "model.safetensors.index.json"]
 )
 def test_a_damaged_file_is_a_value_error_that_names_it(name, content, tmp_path):
+    """Whatever is wrong with a file, the error is a ValueError with its name."""
     if name == "model.safetensors":
         pytest.importorskip("safetensors")
     folder = saved(
@@ -430,6 +453,7 @@ def test_a_damaged_file_is_a_value_error_that_names_it(name, content, tmp_path):
 
 
 def test_a_flipped_bit_in_a_torch_file_is_noticed(tmp_path):
+    """The checksums in a torch file are compared."""
     model = backbone()
     folder = saved(model, tmp_path, as_bin)
     content = bytearray((folder / "pytorch_model.bin").read_bytes())
@@ -441,7 +465,8 @@ def test_a_flipped_bit_in_a_torch_file_is_noticed(tmp_path):
         ViTMSNModel.from_pretrained(folder)
 
 
-def test_folders_and_names_that_hold_nothing_say_so(tmp_path):
+def test_folders_and_names_without_a_model_are_refused_in_words(tmp_path):
+    """A missing file is a FileNotFoundError that says what was looked for."""
     with pytest.raises(FileNotFoundError, match="holds none of"):
         ViTMSNModel.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
@@ -452,12 +477,14 @@ def test_folders_and_names_that_hold_nothing_say_so(tmp_path):
 
 
 def test_without_huggingface_hub_a_name_says_which_files_to_get(monkeypatch):
+    """huggingface_hub is optional; the error says what to put where."""
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"config\.json and model\.safetensors"):
         ViTMSNConfig.from_pretrained("facebook/vit-msn-small")
 
 
 def test_saving_leaves_no_temporary_files_and_a_failure_keeps_the_old_ones(tmp_path, monkeypatch):
+    """A folder is never left with half a file."""
     model = backbone()
     model.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
