@@ -1,4 +1,4 @@
-"""Reading and writing weights: nothing is lost, nothing is guessed, nothing in a file is executed."""
+"""Reading and writing weights: nothing is lost, nothing guessed, nothing in a file executed."""
 
 import json
 import os
@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import randn, randomized, tiny_config
+from common import (
+    randn,
+    randomized,
+    tiny_backbone,
+    tiny_classifier,
+    tiny_config,
+    tiny_pretraining,
+)
 from torch.testing import assert_close
 
 from vitmsn import (
@@ -20,26 +27,31 @@ from vitmsn import (
     interpolate_positions,
     to_original,
     to_transformers,
+    without_projection_head,
 )
 
 IMAGES = randn(2, 3, 32, 32)
 
 
 def backbone(**changes) -> ViTMSNModel:
-    return randomized(ViTMSNModel(tiny_config(**changes))).eval()
+    return tiny_backbone(**changes).eval()
 
 
 def classifier(**changes) -> ViTMSNForImageClassification:
-    return randomized(ViTMSNForImageClassification(tiny_config(**changes))).eval()
+    return tiny_classifier(**changes).eval()
+
+
+def same_weights(weights: dict, other: dict) -> bool:
+    """Whether two state dicts have the same names and, bit for bit, the same tensors."""
+    return weights.keys() == other.keys() and all(weights[n].equal(other[n]) for n in weights)
 
 
 def same(model, other) -> bool:
-    ours, theirs = model.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+    return same_weights(model.state_dict(), other.state_dict())
 
 
 def saved(model, folder: Path, write) -> Path:
-    """The folder that save_pretrained makes, its weights written again by `write(weights, folder)`."""
+    """The folder of save_pretrained, its weights written again by `write(weights, folder)`."""
     model.save_pretrained(folder)
     for file in folder.glob("*model*"):
         file.unlink()
@@ -59,10 +71,8 @@ def sharded(weights: dict, folder: Path) -> None:
     }
     for shard, members in shards.items():
         torch.save({name: weights[name] for name in members}, folder / shard)
-    index = {
-        "metadata": {},
-        "weight_map": {name: shard for shard, members in shards.items() for name in members},
-    }
+    weight_map = {name: shard for shard, members in shards.items() for name in members}
+    index = {"metadata": {}, "weight_map": weight_map}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
@@ -70,26 +80,24 @@ def sharded_safetensors(weights: dict, folder: Path) -> None:
     save_file = pytest.importorskip("safetensors.torch").save_file
     sharded(weights, folder)
     for file in folder.glob("*.bin"):
-        save_file(torch.load(file), folder / (file.stem.replace("pytorch_", "") + ".safetensors"))
+        name = file.name.replace("pytorch_", "").replace(".bin", ".safetensors")
+        save_file(torch.load(file), folder / name)
         file.unlink()
-    text = (
-        (folder / "pytorch_model.bin.index.json")
-        .read_text()
-        .replace("pytorch_", "")
-        .replace(".bin", ".safetensors")
-    )
-    (folder / "pytorch_model.bin.index.json").unlink()
+
+    old_index = folder / "pytorch_model.bin.index.json"
+    text = old_index.read_text().replace("pytorch_", "").replace(".bin", ".safetensors")
+    old_index.unlink()
     (folder / "model.safetensors.index.json").write_text(text)
 
 
 def original_file(
     path: Path, model: ViTMSNForPreTraining | MSNEncoder, prefix: str = "module.", **more
 ) -> Path:
+    """A checkpoint as the official code writes it, with the model's target encoder."""
     encoder = model.target_encoder if isinstance(model, ViTMSNForPreTraining) else model
     weights = to_original(encoder.state_dict(), encoder.config.num_channels)
-    torch.save(
-        {"target_encoder": {prefix + name: value for name, value in weights.items()}, **more}, path
-    )
+    prefixed = {prefix + name: value for name, value in weights.items()}
+    torch.save({"target_encoder": prefixed, **more}, path)
     return path
 
 
@@ -113,14 +121,15 @@ def test_save_then_load_gives_the_same_model(make, changes, tmp_path):
     model = make(**changes)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    assert same(loaded, model) and not loaded.training
-    assert {**loaded.config.to_dict(), "architectures": 0, "torch_dtype": 0} == {
-        **model.config.to_dict(),
-        "architectures": 0,
-        "torch_dtype": 0,
-    }
+    assert same(loaded, model)
+    assert not loaded.training
+
+    values = loaded.config.to_dict()
+    values.pop("torch_dtype")  # of the stored weights, no part of the architecture
+    assert values == model.config.to_dict()
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["architectures"] == [type(model).__name__] and written["model_type"] == "vit_msn"
+    assert written["architectures"] == [type(model).__name__]
+    assert written["model_type"] == "vit_msn"
 
 
 @pytest.mark.parametrize("write", [as_bin, sharded, sharded_safetensors])
@@ -205,26 +214,22 @@ def test_conversion_tables_are_inverse_and_reach_every_tensor(make, bias):
     state = make(qkv_bias=bias, num_channels=2).state_dict()
     converted = to_transformers(state, 2)
     expected = {name.removeprefix("vit."): value for name, value in state.items()}
-    back = from_transformers(converted)
-    assert back.keys() == expected.keys() and all(back[name].equal(expected[name]) for name in back)
-    assert len(converted) == len(state) + 2 * 2 * (
-        1 + bias
-    )  # one qkv tensor is three, in each of two layers
+    assert same_weights(from_transformers(converted), expected)
+
+    # Two of three parts are new where a fused tensor was: in two layers, of weight and bias.
+    fused = 2 * (2 if bias else 1)
+    assert len(converted) == len(state) + 2 * fused
     if make is backbone:
-        again = from_original(to_original(state, 2))
-        assert again.keys() == state.keys() and all(
-            again[name].equal(state[name]) for name in again
-        )
+        assert same_weights(from_original(to_original(state, 2)), state)
 
 
 # -- the original release and pretraining ----------------------------------------------------------
 
 
 def original_model(**changes) -> ViTMSNForPreTraining:
-    config = tiny_config(
-        hidden_size=128, num_attention_heads=2, intermediate_size=96, **changes
-    )  # heads 64 wide
-    model = randomized(ViTMSNForPreTraining(config, 20, 16, 12)).eval()
+    """A pretraining model whose heads are 64 wide, as in the release; its encoders differ."""
+    config = tiny_config(hidden_size=128, num_attention_heads=2, intermediate_size=96, **changes)
+    model = tiny_pretraining(config).eval()
     randomized(model.target_encoder, seed=1)
     return model
 
@@ -251,17 +256,15 @@ def test_an_original_file_is_read_without_a_config(prefix, bias, tmp_path):
         assert getattr(loaded.config, name) == getattr(model.config, name), name
     assert_close(loaded.representation(IMAGES), model.target_encoder.representation(IMAGES))
     with pytest.warns(UserWarning, match="classifier"):
-        assert ViTMSNForImageClassification.from_pretrained(path, num_labels=3)(
-            IMAGES
-        ).logits.shape == (2, 3)
+        model_of_three = ViTMSNForImageClassification.from_pretrained(path, num_labels=3)
+    assert model_of_three(IMAGES).logits.shape == (2, 3)
 
 
 def test_an_original_file_with_other_heads_takes_a_config(tmp_path):
     """If heads are not 64 wide, a config has to say so."""
     encoder = randomized(MSNEncoder(tiny_config(), 20, 16)).eval()  # heads 8 wide
-    loaded = ViTMSNModel.from_pretrained(
-        original_file(tmp_path / "a.pth.tar", encoder), config=encoder.config
-    )
+    path = original_file(tmp_path / "a.pth.tar", encoder)
+    loaded = ViTMSNModel.from_pretrained(path, config=encoder.config)
     assert_close(loaded.representation(IMAGES), encoder.representation(IMAGES))
 
 
@@ -271,9 +274,8 @@ def test_pretraining_goes_on_from_an_original_file_with_its_head_and_prototypes(
     path = original_file(tmp_path / "a.pth.tar", source, prototypes=source.prototypes.data)
     model = ViTMSNForPreTraining(source.config, 20, 16, 12)
     assert model.load_pretrained(path) == []
-    assert same(model.anchor_encoder, source.target_encoder) and same(
-        model.target_encoder, source.target_encoder
-    )
+    assert same(model.anchor_encoder, source.target_encoder)
+    assert same(model.target_encoder, source.target_encoder)
     assert model.prototypes.equal(source.prototypes)
 
 
@@ -282,15 +284,12 @@ def test_pretraining_goes_on_from_a_backbone_alone_with_new_head_and_prototypes(
     """A backbone starts both encoders; head and prototypes stay new."""
     source = original_model().target_encoder
     body = ViTMSNModel(source.config)
-    body.load_state_dict(
-        {name: value for name, value in source.state_dict().items() if not name.startswith("fc.")}
-    )
+    body.load_state_dict(without_projection_head(source.state_dict()))
     body.save_pretrained(tmp_path)
     model = ViTMSNForPreTraining(source.config, 20, 16, 12)
     new = model.load_pretrained(tmp_path)
-    assert "prototypes" in new and {
-        name for name in model.anchor_encoder.state_dict() if name[:3] == "fc."
-    } < set(new)
+    head = {f"fc.{name}" for name in model.anchor_encoder.fc.state_dict()}
+    assert set(new) == head | {"prototypes"}
     for encoder in (model.anchor_encoder, model.target_encoder):
         assert_close(encoder.representation(IMAGES), body.representation(IMAGES))
     assert same(model.anchor_encoder, model.target_encoder)
@@ -301,12 +300,11 @@ def test_prototypes_of_another_head_are_left_out_and_positions_are_resampled(tmp
     """Another head or grid: new head and prototypes, resampled positions."""
     source = original_model()
     path = original_file(tmp_path / "a.pth.tar", source, prototypes=source.prototypes.data)
-    config = tiny_config(
-        hidden_size=128, num_attention_heads=2, intermediate_size=96, image_size=48
-    )
+    config = original_model(image_size=48).config
     model = ViTMSNForPreTraining(config, 24, 16, 12)
     start = model.prototypes.clone()
-    assert "prototypes" in model.load_pretrained(path) and model.prototypes.equal(start)
+    assert "prototypes" in model.load_pretrained(path)
+    assert model.prototypes.equal(start)
     resampled = interpolate_positions(source.target_encoder.pos_embed.data, (6, 6))
     assert_close(model.anchor_encoder.pos_embed.data, resampled)
 
@@ -329,9 +327,8 @@ def test_another_number_of_labels_is_refused_or_on_demand_announced(
         loaded = ViTMSNForImageClassification.from_pretrained(
             tmp_path, num_labels=7, ignore_mismatched_sizes=True
         )
-    assert loaded.config.num_labels == len(loaded.config.id2label) == 7 and loaded(
-        IMAGES
-    ).logits.shape == (2, 7)
+    assert loaded.config.num_labels == len(loaded.config.id2label) == 7
+    assert loaded(IMAGES).logits.shape == (2, 7)
     assert same(loaded.vit, model.vit)
 
 
@@ -355,13 +352,12 @@ def test_mismatched_positions_are_named(tmp_path):
 )
 def test_missing_weights_are_named(lost, named, tmp_path):
     """The error for a missing weight names it by our name."""
-    folder = saved(
-        backbone(),
-        tmp_path,
-        lambda weights, folder: as_bin(
-            {name: value for name, value in weights.items() if name != lost}, folder
-        ),
-    )
+
+    def write_without(weights: dict, folder: Path) -> None:
+        weights.pop(lost)
+        as_bin(weights, folder)
+
+    folder = saved(backbone(), tmp_path, write_without)
     with pytest.raises(ValueError, match=f"missing.*{named}"):
         ViTMSNModel.from_pretrained(folder)
 
@@ -377,11 +373,11 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
 
 def test_unexpected_weights_are_named(tmp_path):
     """A weight that the model has no use for is announced."""
-    folder = saved(
-        backbone(),
-        tmp_path,
-        lambda weights, folder: as_bin({**weights, "pooler.weight": torch.ones(2)}, folder),
-    )
+
+    def write_one_more(weights: dict, folder: Path) -> None:
+        as_bin({**weights, "pooler.weight": torch.ones(2)}, folder)
+
+    folder = saved(backbone(), tmp_path, write_one_more)
     with pytest.warns(UserWarning, match=r"not used: pooler\.weight"):
         ViTMSNModel.from_pretrained(folder)
 
@@ -457,9 +453,8 @@ def test_a_flipped_bit_in_a_torch_file_is_noticed(tmp_path):
     model = backbone()
     folder = saved(model, tmp_path, as_bin)
     content = bytearray((folder / "pytorch_model.bin").read_bytes())
-    content[content.index(model.norm.weight.detach().numpy().tobytes())] ^= (
-        1  # a weight, ever so slightly
-    )
+    start_of_norm = content.index(model.norm.weight.detach().numpy().tobytes())
+    content[start_of_norm] ^= 1  # a weight, ever so slightly
     (folder / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin can't be read"):
         ViTMSNModel.from_pretrained(folder)
@@ -489,7 +484,11 @@ def test_saving_leaves_no_temporary_files_and_a_failure_keeps_the_old_ones(tmp_p
     model.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(before) == 2
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+
+    def full_disk(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="disk full"):
         randomized(model, seed=5).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
