@@ -368,7 +368,7 @@ class PretrainedMixin:
         save_model(self, Path(folder))
 
     def gradient_checkpointing_enable(self) -> None:
-        """In training, store only each layer's input and compute the rest again backwards."""
+        """Store only the input of each layer; compute the rest again in the backward pass."""
         backbone_of(self).gradient_checkpointing = True
 
     def set_attn_implementation(self, implementation: str) -> None:
@@ -405,6 +405,7 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         self.gradient_checkpointing = False
 
         # Departure: zero at first, as in transformers; officially normal, as in MSNEncoder below.
+        # The names of parameters are those of the official release: cls_token is the class token.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if use_mask_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid_size**2, width))
@@ -513,7 +514,7 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         return class_token[:, 0]
 
     def run_layer(self, layer: Callable, *arguments):
-        """layer(*arguments), whose inside is computed again backwards if checkpointing is on."""
+        """layer(*arguments). With checkpointing, its inside is not stored but computed again."""
         if self.gradient_checkpointing and self.training:
             return checkpoint(layer, *arguments, use_reentrant=False)
         return layer(*arguments)
@@ -706,13 +707,14 @@ def cross_entropy(log_p: Tensor, p_plus: Tensor) -> Tensor:
 def me_max(
     log_p: Tensor, log_prior: Tensor | None = None, all_reduce: AllReduce = one_process
 ) -> Tensor:
-    """ME-MAX, mean entropy maximisation, as a term to minimise: KL(p̄ || prior). log_p: (v b) k.
+    """ME-MAX, mean entropy maximisation, as a term to minimise: KL(p̄ || prior), never negative.
 
-    Departure: with the uniform prior (None) this is log k - H(p̄), as in the official code. The
-    paper has - H(p̄): the same gradient, but not 0 where the term is at its best. Another prior is
-    from a later paper (PMSN, arXiv 2210.07277). log_prior: k -> scalar, never negative.
+    log_p: (v b) k, log_prior: k or None for the uniform prior -> scalar.
+    Departure: with the uniform prior this is log k - H(p̄), as in the official code. The paper has
+    - H(p̄): the same gradient, but not 0 where the term is at its best. Other priors are from a
+    later paper (PMSN, arXiv 2210.07277).
     """
-    log_mean = batch_logsumexp(log_p, all_reduce).log_softmax(dim=-1)  # log p̄: shares, sum 1
+    log_mean = batch_logsumexp(log_p, all_reduce).log_softmax(dim=-1)  # log p̄: its sum is 1
     log_prior = -math.log(log_p.shape[-1]) if log_prior is None else log_prior.to(log_mean)
     return (log_mean.exp() * (log_mean - log_prior)).sum()
 
@@ -780,9 +782,7 @@ def msn_loss(
     """
     b = len(targets)
     if len(anchors) % b:
-        raise ValueError(
-            f"{len(anchors)} anchor rows are no whole number of views of {b} target rows."
-        )
+        raise ValueError(f"{len(anchors)} anchors are no whole number of views of {b} targets.")
 
     # Departure: float32 even under autocast. The official code has no mixed precision.
     with torch.autocast(anchors.device.type, enabled=False):
@@ -801,12 +801,12 @@ def msn_loss(
             p_plus = sinkhorn(log_p_plus, sinkhorn_iterations, all_reduce).exp()
             prototypes_used = count_prototypes_used(p_plus, all_reduce)
 
-        # 1/(M B) Σ_i Σ_m H(p⁺_i, p_i,m), then - H(p̄) + log k, then a term whose weight is 0
-        cross_entropy_term = cross_entropy(rearrange(log_p, "(v b) k -> v b k", b=b), p_plus)
-        memax_term = me_max(log_p, log_prior, all_reduce)
-        entropy_term = entropy(log_p)
+        log_p_views = rearrange(log_p, "(v b) k -> v b k", b=b)
+        cross_entropy_term = cross_entropy(log_p_views, p_plus)  # 1/(M B) Σ_i Σ_m H(p⁺_i, p_i,m)
+        memax_term = me_max(log_p, log_prior, all_reduce)  # log k - H(p̄)
+        entropy_term = entropy(log_p)  # not in (1), and of weight 0
 
-        # equation (1)
+        # equation (1), shifted by λ log k
         loss = cross_entropy_term + memax_weight * memax_term + entropy_weight * entropy_term
         return MSNLoss(
             loss=loss,
@@ -866,11 +866,11 @@ class MSNEncoder(ViTMSNModel):
         projections = [None] * len(views)
         for members in group_by_shape(views, patches_to_keep):
             images = torch.cat([views[i] for i in members])
-            kept = None
+            indices = None
             if patches_to_keep[members[0]] is not None:
-                kept = torch.cat([patches_to_keep[i] for i in members])
+                indices = torch.cat([patches_to_keep[i] for i in members])
 
-            representation = self.representation(images, kept, interpolate_pos_encoding=True)
+            representation = self.representation(images, indices, interpolate_pos_encoding=True)
             projected = self.fc(self.norm(representation))
             for i, projection in zip(members, projected.chunk(len(members)), strict=True):
                 projections[i] = projection
@@ -880,8 +880,8 @@ class MSNEncoder(ViTMSNModel):
 def group_by_shape(views: list[Tensor], patches_to_keep: list[Tensor | None]) -> list[list[int]]:
     """The indices of views that can be one batch: same size, same number of patches to keep."""
     groups = {}
-    for i, (view, kept) in enumerate(zip(views, patches_to_keep, strict=True)):
-        shape = (view.shape, None if kept is None else kept.shape)
+    for i, (view, indices) in enumerate(zip(views, patches_to_keep, strict=True)):
+        shape = (view.shape, None if indices is None else indices.shape)
         groups.setdefault(shape, []).append(i)
     return list(groups.values())
 
@@ -958,7 +958,8 @@ class ViTMSNForPreTraining(nn.Module):
         """
         targets = list(self.target_encoder.parameters())
         anchors = list(self.anchor_encoder.parameters())
-        torch._foreach_lerp_(targets, anchors, 1 - momentum)  # one call for all of them
+        # target + (1 - momentum) (anchor - target), in one call for all of them
+        torch._foreach_lerp_(targets, anchors, 1 - momentum)
 
     def load_pretrained(self, name_or_path: str | os.PathLike) -> list[str]:
         """Start both encoders from stored weights. `load_into_pretraining` documents it."""

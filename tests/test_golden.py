@@ -1,7 +1,7 @@
 """The published procedure, number for number: every array of the golden files, in float64.
 
-tests/golden/README.md says what the arrays are. Set GOLDEN_DIR to another folder of the same format,
-of any sizes, to hold the code against other numbers.
+tests/golden/README.md says what the arrays are. Set GOLDEN_DIR to another folder of the same
+format, of any sizes, to hold the code against other numbers.
 """
 
 import os
@@ -412,8 +412,9 @@ def batch_of(golden: Golden, step: int) -> tuple:
     assert patches_to_keep.shape[1] == r
 
     target_view, *masked = large[step % ipe]
-    kept = [patches_to_keep[step].expand(b, -1)] * random_views + [None] * focal_views
-    return target_view, [*masked, *small[step % ipe]], kept
+    for_random = [patches_to_keep[step].expand(b, -1)] * random_views
+    for_focal = [None] * focal_views
+    return target_view, [*masked, *small[step % ipe]], [*for_random, *for_focal]
 
 
 def terms_of(golden: Golden, out: MSNLoss) -> dict[str, torch.Tensor]:

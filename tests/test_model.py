@@ -254,18 +254,20 @@ def test_the_outputs_asked_for_are_complete_and_consistent(layers, implementatio
     """Hidden states and attentions of every layer fit the last state and each other."""
     model = tiny_backbone(num_hidden_layers=layers, attn_implementation=implementation)
     images = randn(2, 3, 32, 32)
-    kept = torch.arange(r).expand(2, -1)
-    out = model(images, patches_to_keep=kept, output_hidden_states=True, output_attentions=True)
+    patches_to_keep = torch.arange(r).expand(2, -1)
+    out = model(
+        images, patches_to_keep=patches_to_keep, output_hidden_states=True, output_attentions=True
+    )
 
-    plain = model(images, patches_to_keep=kept)
+    plain = model(images, patches_to_keep=patches_to_keep)
     assert plain.hidden_states is None
     assert plain.attentions is None
     assert_close(plain.last_hidden_state, out.last_hidden_state)
 
     assert len(out.hidden_states) == layers + 1
-    assert out.hidden_states[0].equal(model.embed(images, patches_to_keep=kept))
+    assert out.hidden_states[0].equal(model.embed(images, patches_to_keep=patches_to_keep))
     assert model.norm(out.hidden_states[-1]).equal(out.last_hidden_state)
-    assert_close(model.representation(images, kept), out.hidden_states[-1][:, 0])
+    assert_close(model.representation(images, patches_to_keep), out.hidden_states[-1][:, 0])
 
     assert len(out.attentions) == layers
     for attention in out.attentions:

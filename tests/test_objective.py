@@ -1,4 +1,4 @@
-"""The objective, piece by piece: assignments, sharpening, Sinkhorn, me-max, equation (1), step."""
+"""The objective, piece by piece: assignments, sharpening, Sinkhorn, me-max, equation (1)."""
 
 import math
 import threading
