@@ -464,6 +464,16 @@ def test_views_of_one_size_share_batch_statistics_and_other_sizes_have_their_own
     assert_close(together[0], encoder(views[:1], [None])[0])
 
 
+def test_views_of_one_size_that_keep_other_numbers_of_patches_go_through_apart():
+    """A whole, a lightly and a heavily masked view of one size are three batches."""
+    encoder = pretraining().anchor_encoder
+    view = doubles(4, 3, 32, 32)
+    masks = [None, torch.arange(11).expand(4, -1), torch.arange(5).expand(4, -1)]
+    together = encoder([view, view, view], masks)
+    apart = [encoder([view], [mask])[0] for mask in masks]
+    assert_close(together, torch.stack(apart))
+
+
 @pytest.mark.parametrize("views, patches_to_keep", [(0, None), (2, [None])])
 def test_masks_that_do_not_match_the_views_are_refused(views, patches_to_keep):
     """Masks that do not match the views are refused, and so are no views."""

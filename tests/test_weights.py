@@ -378,8 +378,9 @@ def test_unexpected_weights_are_named(tmp_path):
         as_bin({**weights, "pooler.weight": torch.ones(2)}, folder)
 
     folder = saved(backbone(), tmp_path, write_one_more)
-    with pytest.warns(UserWarning, match=r"not used: pooler\.weight"):
+    with pytest.warns(UserWarning, match=r"not used: pooler\.weight") as warned:
         ViTMSNModel.from_pretrained(folder)
+    assert warned[0].filename == __file__  # whoever called from_pretrained
 
 
 def test_a_complete_file_is_loaded_without_a_warning(tmp_path, recwarn):
