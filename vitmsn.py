@@ -1,20 +1,33 @@
-"""ViTMSN: the Vision Transformer of Masked Siamese Networks, and its self-supervised objective, in one file.
+"""ViTMSN: the Vision Transformer of Masked Siamese Networks, and its training objective.
 
-Paper: Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022, arXiv 2204.07141v1, whose
-section and equation numbers we use. The file follows its Section 3 from top to bottom (the random augmentations are in
-train_msn.py): patchify and mask, encoder, similarity metric and predictions, training objective, pretraining.
+Paper: Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022, arXiv
+2204.07141v1. We cite it by its section titles and by its one numbered equation, (1).
 
-Backbone and classifier are those of Hugging Face transformers: the same numbers from the same weights, in both
-directions. Pretraining is the official code's, by its numbers (tests/test_golden.py); "Departure:" marks what differs.
+The file follows the paper's Section 3: patchify and mask, attention, block, encoder, classifier,
+similarity metric and predictions, training objective, pretraining model. After them, under one
+banner, comes what is no part of the method: checking, loading, saving, naming and preprocessing.
+The random augmentations and the training loop are in train_msn.py.
 
     model = ViTMSNForImageClassification.from_pretrained("facebook/vit-msn-small", num_labels=10)
     logits = model(preprocess(images, model.config)).logits
 
-Shapes are written in the letters of the einops patterns (in brackets the paper's):
-    b images          v anchor views per image (M)    n tokens or patches    r patches that remain of n, the patches to keep
-    k prototypes (K)  e width of the projection (d)   d width of the encoder h attention heads
-    c channels        p patch size in pixels (N)
+The backbone and the classifier compute what those of Hugging Face transformers compute, from the
+same weights. Pretraining computes what the official code computes: it reproduces its numbers
+(tests/test_golden.py). "Departure:" marks each place that differs from the paper or from the
+official code.
+
+Shapes are written in these letters, as in the einops patterns (in brackets the paper's letters):
+
+    b  images in a batch (B)          n  tokens, or patches of an image
+    v  anchor views per image (M)     r  patches to keep: those that remain after masking
+    k  prototypes (K)                 d  width of the encoder
+    e  width of the projection (d)    h  attention heads
+    c  channels                       p  side of a square patch, in pixels (N)
+
+"b n d" is a tensor of three axes. "(v b) e" has two: along the first come all b images of the first
+view, then all b of the second, and so on. (In the objective p is a probability, as in the paper.)
 """
+
 import copy
 import json
 import math
@@ -38,254 +51,233 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# ---- Configuration ---------------------------------------------------------------------------------------------------
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # gelu: exact
-    "gelu_new": partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
-CHOICES = {"hidden_act": tuple(ACTIVATIONS), "attn_implementation": ("sdpa", "eager"),
-           "problem_type": (None, "regression", "single_label_classification", "multi_label_classification")}
-PRESETS = {  # the published shapes (paper, Section 4)
-    "small-16": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": 16},
-    "base-16": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16},
-    "base-8": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 8},
-    "base-4": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 4},
-    "large-16": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 16},
-    "large-7": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 7},
+# ---- Configuration -------------------------------------------------------------------------------
+
+VIT_SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+VIT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+VIT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+PRESETS = {  # the published models (paper, Section 4): size of the ViT, then side of a patch
+    "small-16": {**VIT_SMALL, "patch_size": 16},
+    "base-16": {**VIT_BASE, "patch_size": 16},
+    "base-8": {**VIT_BASE, "patch_size": 8},
+    "base-4": {**VIT_BASE, "patch_size": 4},
+    "large-16": {**VIT_LARGE, "patch_size": 16},
+    "large-7": {**VIT_LARGE, "patch_size": 7},
 }
+
 
 @dataclass
 class ViTMSNConfig:
-    """Architecture of a ViTMSN, named as in transformers. Raises ValueError for values that no model can have."""
-    hidden_size: int = 768
+    """The architecture of a ViTMSN. Field names and defaults are those of transformers.
+
+    Raises ValueError for a value that no model can have (`check_config`).
+    """
+
+    hidden_size: int = 768  # d
     num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
+    num_attention_heads: int = 12  # h
+    intermediate_size: int = 3072  # width inside the MLP
+    hidden_act: str = "gelu"  # a name in ACTIVATIONS
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
-    initializer_range: float = 0.02
+    initializer_range: float = 0.02  # standard deviation of initial weights
     layer_norm_eps: float = 1e-6
     image_size: int = 224  # pixels
-    patch_size: int = 16  # pixels
-    num_channels: int = 3
+    patch_size: int = 16  # p, pixels
+    num_channels: int = 3  # c
     qkv_bias: bool = True
-    num_labels: int | None = None  # None: as many as id2label names, else 2. 0: the head is the identity
+    num_labels: int | None = None  # None: as many as id2label names, else 2. 0: no classifier
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
-    problem_type: str | None = None  # None: inferred from the labels at the first loss
-    attn_implementation: str = "sdpa"
-    drop_path_rate: float = 0.0
-    extra: dict = field(default_factory=dict)  # other keys of a config.json; to_dict writes them back
+    problem_type: str | None = None  # None: inferred from the labels of the first loss
+    attn_implementation: str = "sdpa"  # or "eager"
+    drop_path_rate: float = 0.0  # stochastic depth of the last layer
+    extra: dict = field(default_factory=dict)  # other keys of a config.json, written back
 
-    def __post_init__(self):
-        if self.id2label is None:
-            self.num_labels = 2 if self.num_labels is None else self.num_labels
-            if type(self.num_labels) is not int or not 0 <= self.num_labels <= 10**6:
-                raise ValueError(f"num_labels={self.num_labels!r} must be a whole number from 0 to a million.")
-            self.id2label = {i: f"LABEL_{i}" for i in range(self.num_labels)}
-        try:
-            self.id2label = {int(i): str(name) for i, name in self.id2label.items()}
-        except (AttributeError, TypeError, ValueError):
-            raise ValueError(f"id2label={self.id2label!r} must map class numbers to names.") from None
-        if self.num_labels not in (None, len(self.id2label)):
-            raise ValueError(f"num_labels={self.num_labels} but id2label names {len(self.id2label)} classes; give one.")
-        self.num_labels = len(self.id2label)
-        self.label2id = {name: i for i, name in self.id2label.items()} if self.label2id is None else self.label2id
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name in CHOICES and value not in CHOICES[f.name]:
-                raise ValueError(f"{f.name}={value!r} is not known; use one of {CHOICES[f.name]}.")
-            if f.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{f.name}={value!r} must be a whole number of at least 1.")
-            if f.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
-                raise ValueError(f"{f.name}={value!r} must be a number of at least 0 and below 1.")
-            if f.type is bool and type(value) is not bool:
-                raise ValueError(f"{f.name}={value!r} must be True or False.")
-        width, heads = self.hidden_size, self.num_attention_heads
-        if rest := width % heads:
-            raise ValueError(f"hidden_size={width} is not divisible by num_attention_heads={heads}; use "
-                             f"{max(width - rest, heads)} or {width - rest + heads}, or another number of heads.")
-        if self.patch_size > self.image_size:
-            raise ValueError(f"no patch fits: patch_size={self.patch_size} must be <= image_size={self.image_size}.")
+    def __post_init__(self):  # both functions are in the file's last part, "Checks"
+        complete_labels(self)
+        check_config(self)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ViTMSNConfig":
-        """One of the published shapes (`PRESETS`), with any field changed."""
+        """One of the published models (a name in `PRESETS`), with any fields changed."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not known; use one of {', '.join(PRESETS)}.")
+
         shape = PRESETS[name]
-        return cls(**{**shape, "intermediate_size": 4 * shape["hidden_size"], **changes})
+        values = {**shape, "intermediate_size": 4 * shape["hidden_size"], **changes}
+        return cls(**values)
 
     @classmethod
     def from_dict(cls, values: dict) -> "ViTMSNConfig":
-        """From the content of a config.json; unknown keys go to `extra`."""
-        kind = values.get("model_type", "vit_msn") if isinstance(values, dict) else type(values).__name__
-        if kind != "vit_msn":
-            raise ValueError(f"this config describes {kind!r}, not a model of type 'vit_msn'.")
-        known = {f.name for f in fields(cls)} - {"extra"}
-        extra = {key: value for key, value in values.items() if key not in known | {"model_type", "architectures"}}
-        return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
+        """From the content of a config.json. Keys that are no field go to `extra`."""
+        return config_from_dict(cls, values)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike) -> "ViTMSNConfig":
-        """Read the config.json of a folder or of a model on the Hugging Face hub."""
-        path = local_folder(name_or_path) / "config.json"
-        content = path.read_bytes()  # raises FileNotFoundError
-        try:
-            return cls.from_dict(json.loads(content))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} can't be used: {error}") from error
+        """From the config.json of a folder, or of a model on the Hugging Face hub."""
+        return config_from_pretrained(cls, name_or_path)
 
     def to_dict(self) -> dict:
-        """The content of config.json, as transformers writes and reads it (how attention is computed is no part)."""
-        left_out = {"extra", "attn_implementation", "num_labels"}
-        values = {key: value for key, value in asdict(self).items() if value is not None and key not in left_out}
-        return {**self.extra, **values, "model_type": "vit_msn"}
+        """The content of a config.json, as transformers reads and writes it."""
+        return config_to_dict(self)
 
     @property
     def grid_size(self) -> int:
         """Patches along each side of a whole image."""
         return self.image_size // self.patch_size
 
-# ---- Outputs, loading and saving: the surface of transformers, no part of the method --------------------------------
-@dataclass
-class ViTMSNModelOutput:
-    """What the backbone returns. The last two are None unless asked for."""
-    last_hidden_state: Tensor  # b n d, after the final norm
-    hidden_states: tuple[Tensor, ...] | None = None  # b n d: the embeddings, then each layer's output, before that norm
-    attentions: tuple[Tensor, ...] | None = None  # b h n n of each layer
 
-@dataclass
-class ViTMSNClassifierOutput:
-    """logits: b num_labels. loss: scalar, if labels were given. The others as in ViTMSNModelOutput."""
-    logits: Tensor
-    loss: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+# ---- Patchify and Mask (paper, Section 3) --------------------------------------------------------
 
-for output in (ViTMSNModelOutput, ViTMSNClassifierOutput):  # so that torch.export can look into them
-    torch.export.register_dataclass(output, serialized_type_name=output.__name__)
 
-class PretrainedMixin:
-    """What the backbone and the classifier share of transformers' surface."""
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, *, config: ViTMSNConfig | None = None,
-                        attn_implementation: str | None = None, torch_dtype: torch.dtype | str | None = None,
-                        dtype: torch.dtype | str | None = None, num_labels: int | None = None,
-                        ignore_mismatched_sizes: bool = False, **model_options):
-        """Load a transformers folder or hub name, or the target encoder of an original .pth.tar or of ours; eval mode.
-        torch_dtype (or dtype): None means the stored one. config: only needed for an original file whose heads are
-        not 64 wide. Raises ValueError that names missing or wrongly shaped weights, FileNotFoundError."""
-        config, weights = read_pretrained(name_or_path, config)
-        changes = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        if num_labels not in (None, config.num_labels):
-            changes |= {"num_labels": num_labels, "id2label": None, "label2id": None}
-        model = cls(replace(copy.deepcopy(config), **changes), **model_options)
-        load_weights(model, weights, str(name_or_path), ignore_mismatched_sizes)
-        dtype = torch_dtype or dtype or "auto"
-        if isinstance(dtype, str):
-            dtype = weights["cls_token"].dtype if dtype == "auto" else getattr(torch, dtype)
-        return model.to(dtype).eval()
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors (without that package: pytorch_model.bin) for transformers 4 or 5."""
-        folder = Path(folder)
-        weights = to_transformers(self.state_dict(), self.config.num_channels)
-        try:
-            from safetensors.torch import save as to_bytes
-            write_file(folder / "model.safetensors", to_bytes(weights, metadata={"format": "pt"}))
-        except ImportError:
-            write_file(folder / "pytorch_model.bin", lambda file: torch.save(weights, file))
-        values = {**self.config.to_dict(), "architectures": [type(self).__name__],
-                  "torch_dtype": str(next(self.parameters()).dtype).removeprefix("torch.")}
-        values.pop("dtype", None)  # transformers 4.57's and 5's word for torch_dtype, which every version reads
-        write_file(folder / "config.json", json.dumps(values, indent=2, ensure_ascii=False).encode())
-
-    def gradient_checkpointing_enable(self) -> None:
-        """In training, keep only each layer's input and compute the rest again in the backward pass."""
-        getattr(self, "vit", self).gradient_checkpointing = True
-
-    def set_attn_implementation(self, implementation: str) -> None:
-        """"sdpa" or "eager", for every layer."""
-        replace(self.config, attn_implementation=implementation)  # refuses any other
-        self.config.attn_implementation = implementation
-        for block in getattr(self, "vit", self).blocks:
-            block.attn.implementation = implementation
-
-# ---- Patchify and Mask (paper, Section 3) ----------------------------------------------------------------------------
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Non-overlapping patches, row by row; pixels that fill none are dropped. b c height width -> b n (c p p)."""
+    """Cut images into square patches that do not overlap. b c height width -> b n (c p p).
+
+    Patches run row by row. Pixels at the right and lower edges that fill no patch are dropped.
+    """
     p = patch_size
-    height, width = images.shape[-2] // p * p, images.shape[-1] // p * p
-    return rearrange(images[..., :height, :width], "b c (gh p1) (gw p2) -> b (gh gw) (c p1 p2)", p1=p, p2=p)
+    height = images.shape[-2] // p * p
+    width = images.shape[-1] // p * p
+    whole_patches = images[..., :height, :width]
+    return rearrange(whole_patches, "b c (gh p1) (gw p2) -> b (gh gw) (c p1 p2)", p1=p, p2=p)
+
 
 def num_patches_to_keep(num_patches: int, mask_ratio: float) -> int:
-    """floor(n (1 - ratio)), in decimals: 25 patches at 0.8 keep 5, not 4. Raises ValueError if none would be left."""
-    kept = math.floor(num_patches * (1 - Fraction(str(mask_ratio)))) if 0 <= mask_ratio < 1 else 0
-    if kept < 1:
-        raise ValueError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches or is not in [0, 1); lower it.")
-    return kept
+    """r = floor(n (1 - mask_ratio)). Raises ValueError if it is 0 or the ratio not in [0, 1).
 
-def sample_patches_to_keep(batch: int, num_patches: int, mask_ratio: float, generator: torch.Generator) -> Tensor:
-    """Random mask: which patches stay, ascending, every subset equally likely, by `generator` alone -> (b, kept).
-    (The paper's focal mask is a small crop, a view that loses no patches.) Departure: the official code draws one mask
-    for the whole batch; the paper masks views, so each image here has a mask of its own."""
-    kept = num_patches_to_keep(num_patches, mask_ratio)
-    order = torch.rand(batch, num_patches, generator=generator, device=generator.device).argsort(dim=1)
-    return order[:, :kept].sort(dim=1).values
+    Departure: the official code computes this in floating point, where 25 patches at ratio 0.8
+    keep 4. Here the ratio is the decimal number that one types, and they keep 5.
+    """
+    r = 0
+    if 0 <= mask_ratio < 1:
+        r = math.floor(num_patches * (1 - Fraction(str(mask_ratio))))
+
+    if r < 1:
+        raise ValueError(
+            f"mask_ratio={mask_ratio} leaves none of {num_patches} patches or is not in [0, 1); "
+            "lower it."
+        )
+    return r
+
+
+def sample_patches_to_keep(
+    batch: int, num_patches: int, mask_ratio: float, generator: torch.Generator
+) -> Tensor:
+    """The random mask, as the indices of the patches to keep. -> b r, ascending in each image.
+
+    Every subset of r patches is equally likely, and `generator` alone decides.
+    (The paper's other mask, the focal mask, keeps one block of patches. It is a small crop made by
+    train_msn.py, from which no patches are dropped.)
+    """
+    r = num_patches_to_keep(num_patches, mask_ratio)
+
+    # The patches that come first in a random order. Departure: the paper masks each view, and so
+    # each image has a mask of its own here; the official code draws one for the whole batch.
+    noise = torch.rand(batch, num_patches, generator=generator, device=generator.device)
+    patches_to_keep = noise.argsort(dim=1)[:, :r]
+    return patches_to_keep.sort(dim=1).values
+
 
 def take_patches(x: Tensor, patches_to_keep: Tensor | None) -> Tensor:
-    """Rows of x that stay. x: b n d, patches_to_keep: b kept, None for all -> b kept d."""
-    return x if patches_to_keep is None else x.gather(1, patches_to_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    """The patches to keep, of each image its own; None: all. x: b n d, indices: b r -> b r d."""
+    if patches_to_keep is None:
+        return x
+    indices = patches_to_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    return x.gather(1, indices)
 
-# ---- Encoder: a pre-norm Vision Transformer whose class token is the representation (paper, Section 3, "Encoder") ----
-def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resample the positions of a square grid to (rows, columns): bicubic, half-pixel centres, no antialiasing.
-    positions: 1 (1 + n) d -> 1 (1 + rows * columns) d. The class token's position is left alone."""
-    patches = rearrange(positions[:, 1:], "1 (gh gw) d -> 1 d gh gw", gh=math.isqrt(positions.shape[1] - 1))
-    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], rearrange(patches, "1 d gh gw -> 1 (gh gw) d")], dim=1)
 
-def eager_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d_h)) v, and the softmax. q: b h nq d_h; k, v: b h n d_h -> (b h nq d_h, b h nq n)."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # scales n * d_h numbers instead of n * n
+# ---- Attention -----------------------------------------------------------------------------------
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d_h)) v, and the softmax itself: the probabilities.
+
+    query, key, value: b h n d_h, where d_h = d / h -> b h n d_h, b h n n. The query may have fewer
+    tokens than key and value; so have the two results then.
+    """
+    # To scale the query is less work than to scale the scores: n d_h products a head, not n n.
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     probabilities = F.dropout(scores.softmax(dim=-1), dropout)
     return probabilities @ value, probabilities
 
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> tuple[Tensor, None]:
-    """The same by torch's fused kernel, which never holds the h * nq * n probabilities and so can't return them."""
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0
+) -> tuple[Tensor, None]:
+    """The same by torch's fused kernel, which never stores the probabilities: None for them."""
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout), None
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth: drop an image's residual branch with probability `rate`, scale the others up. x: b n d."""
-    if rate == 0 or not training:
-        return x
-    return x * (torch.rand(len(x), 1, 1, device=x.device) >= rate) / (1 - rate)
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection to queries, keys and values."""
+    """Multi-head self-attention. One fused projection makes queries, keys and values."""
+
     def __init__(self, config: ViTMSNConfig):
         super().__init__()
-        self.num_heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
         self.implementation = config.attn_implementation
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, class_token_only: bool = False, output_attentions: bool = False) -> tuple:
-        """x: b n d -> b n d (b 1 d with class_token_only), and the probabilities b h n n if they were asked for."""
-        if class_token_only:  # one query asks, but every token is still a key and a value
-            width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
-            query = F.linear(x[:, :1], weight[:width], None if bias is None else bias[:width])
-            qkv = query, *F.linear(x, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
+    def forward(self, x: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x: b n d -> b n d, and the probabilities b h n n if asked for, else None."""
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        return self.attend(query, key, value, output_attentions)
+
+    def forward_class_token(self, x: Tensor) -> Tensor:
+        """What forward gives for the class token, and nothing else: less work. x: b n d -> b 1 d.
+
+        The class token alone has a query, but every token has a key and a value. So the fused
+        projection is cut in two: its first third makes the query, the rest keys and values.
+        """
+        width = x.shape[-1]
+        query_bias = None
+        key_value_bias = None
+        if self.qkv.bias is not None:
+            query_bias = self.qkv.bias[:width]
+            key_value_bias = self.qkv.bias[width:]
+
+        query = F.linear(x[:, :1], self.qkv.weight[:width], query_bias)
+        key, value = F.linear(x, self.qkv.weight[width:], key_value_bias).chunk(2, dim=-1)
+        attended, _ = self.attend(query, key, value, output_attentions=False)
+        return attended
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cut into heads, attend in each, join the heads, project. query: b n d -> b n d."""
+        query = rearrange(query, "b n (h d) -> b h n d", h=self.num_heads)
+        key = rearrange(key, "b n (h d) -> b h n d", h=self.num_heads)
+        value = rearrange(value, "b n (h d) -> b h n d", h=self.num_heads)
+        dropout = self.dropout if self.training else 0.0
+
+        if output_attentions or self.implementation == "eager":  # sdpa can't return them
+            out, probabilities = eager_attention(query, key, value, dropout)
         else:
-            qkv = self.qkv(x).chunk(3, dim=-1)  # views of one tensor: nothing is copied
-        query, key, value = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in qkv)
-        attend = sdpa_attention if self.implementation == "sdpa" and not output_attentions else eager_attention
-        out, probabilities = attend(query, key, value, self.dropout if self.training else 0.0)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)")), probabilities if output_attentions else None
+            out, probabilities = sdpa_attention(query, key, value, dropout)
+
+        out = self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        return out, probabilities if output_attentions else None
+
+
+# ---- Block ---------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # named as in transformers
+    "gelu": F.gelu,  # exact, by the error function
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them, on every token by itself. b n d -> b n d."""
+    """Two linear layers with an activation between them, on every token by itself."""
+
     def __init__(self, config: ViTMSNConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -293,488 +285,1354 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
+        """b n d -> b n d."""
         return self.fc2(self.activation(self.fc1(x)))
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: with probability `rate` an image's whole branch is 0. x: b n d -> b n d.
+
+    The others are scaled up by 1 / (1 - rate), which keeps the mean.
+    """
+    if rate == 0 or not training:
+        return x
+    stays = torch.rand(len(x), 1, 1, device=x.device) >= rate
+    return x * stays / (1 - rate)
+
 
 class Block(nn.Module):
     """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
     def __init__(self, config: ViTMSNConfig, drop_path_rate: float):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps), Attention(config)
-        self.norm2, self.mlp = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps), MLP(config)
-        self.dropout, self.drop_path_rate = nn.Dropout(config.hidden_dropout_prob), drop_path_rate
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path_rate = drop_path_rate
 
-    def forward(self, x: Tensor, class_token_only: bool = False, output_attentions: bool = False) -> tuple:
-        """x: b n d -> b n d, or b 1 d with class_token_only; attention probabilities b h n n or None."""
-        attended, probabilities = self.attn(self.norm1(x), class_token_only, output_attentions)
-        x = x[:, :1] if class_token_only else x
-        x = x + drop_path(self.dropout(attended), self.drop_path_rate, self.training)
-        return x + drop_path(self.dropout(self.mlp(self.norm2(x))), self.drop_path_rate, self.training), probabilities
+    def forward(self, x: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x: b n d -> b n d, and the attention probabilities b h n n if asked for, else None."""
+        attended, probabilities = self.attn(self.norm1(x), output_attentions)
+        x = x + self.regularize(attended)
+        x = x + self.regularize(self.mlp(self.norm2(x)))
+        return x, probabilities
+
+    def forward_class_token(self, x: Tensor) -> Tensor:
+        """What forward gives for the class token, and nothing else. x: b n d -> b 1 d."""
+        attended = self.attn.forward_class_token(self.norm1(x))
+        class_token = x[:, :1] + self.regularize(attended)
+        return class_token + self.regularize(self.mlp(self.norm2(class_token)))
+
+    def regularize(self, branch: Tensor) -> Tensor:
+        """Dropout and stochastic depth of a residual branch, in training only."""
+        return drop_path(self.dropout(branch), self.drop_path_rate, self.training)
+
+
+# ---- Encoder (paper, Section 3): a Vision Transformer; its class token represents the image ------
+
+
+def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resample the positions of a square grid to another grid of (height, width) patches.
+
+    positions: 1 (1 + n) d -> 1 (1 + height * width) d. The class token's comes first and stays.
+    Bicubic, half-pixel centres, no antialiasing, as the official code does for focal views.
+    """
+    class_position = positions[:, :1]
+    side = math.isqrt(positions.shape[1] - 1)
+    patch_positions = rearrange(positions[:, 1:], "1 (gh gw) d -> 1 d gh gw", gh=side)
+    resampled = F.interpolate(patch_positions, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([class_position, rearrange(resampled, "1 d gh gw -> 1 (gh gw) d")], dim=1)
+
 
 def init_linear_layers(model: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
-    """Weights of all linear layers as `draw` draws them in place, biases zero."""
-    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
-        draw(layer.weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+    """Let `draw` fill the weights of all linear layers in place; set their biases to zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            draw(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class PretrainedMixin:
+    """Methods that the backbone and the classifier share with the models of transformers."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **options):
+        """Load a model, in eval mode. `model_from_pretrained` documents sources and options."""
+        return model_from_pretrained(cls, name_or_path, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write a folder that transformers 4 and 5 load: config.json and the weights."""
+        save_model(self, Path(folder))
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Store only the input of each layer; compute the rest again in the backward pass."""
+        backbone_of(self).gradient_checkpointing = True
+
+    def set_attn_implementation(self, implementation: str) -> None:
+        """Compute attention by "sdpa" or "eager" in every layer."""
+        replace(self.config, attn_implementation=implementation)  # raises if it is neither
+        self.config.attn_implementation = implementation
+        for block in backbone_of(self).blocks:
+            block.attn.implementation = implementation
+
+
+@dataclass
+class ViTMSNModelOutput:
+    """What the backbone returns. The last two are None unless asked for."""
+
+    last_hidden_state: Tensor  # b n d, after the final norm
+    hidden_states: tuple[Tensor, ...] | None = None  # b n d: embeddings, then each layer's output
+    attentions: tuple[Tensor, ...] | None = None  # b h n n of each layer
+
+
+torch.export.register_dataclass(ViTMSNModelOutput, serialized_type_name="ViTMSNModelOutput")
+
 
 class ViTMSNModel(PretrainedMixin, nn.Module):
-    """The backbone. `use_mask_token` adds a learnable token that replaces masked patches (MSN itself drops them)."""
+    """The backbone: patches and a class token through transformer layers.
+
+    use_mask_token: learn a token that can replace masked patches. (MSN itself drops them.)
+    """
+
     def __init__(self, config: ViTMSNConfig, use_mask_token: bool = False):
         super().__init__()
-        self.config, width, depth = config, config.hidden_size, config.num_hidden_layers
+        width = config.hidden_size
+        depth = config.num_hidden_layers
+        self.config = config
+        self.gradient_checkpointing = False
+
+        # Departure: zero at first, as in transformers; officially normal, as in MSNEncoder below.
+        # The names of parameters are those of the official release: cls_token is the class token.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if use_mask_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid_size**2, width))
-        self.patch_embed = nn.Linear(config.num_channels * config.patch_size**2, width)  # a convolution of stride p
-        self.blocks = nn.ModuleList(Block(config, config.drop_path_rate * i / max(depth - 1, 1)) for i in range(depth))
-        self.norm, self.gradient_checkpointing = nn.LayerNorm(width, eps=config.layer_norm_eps), False
-        init_linear_layers(self, partial(nn.init.normal_, std=config.initializer_range))  # as transformers does
+        self.patch_embed = nn.Linear(config.num_channels * config.patch_size**2, width)
 
-    def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None,
-              patches_to_keep: Tensor | None = None, interpolate_pos_encoding: bool = False) -> Tensor:
-        """Pixels to tokens with positions, class token first; patches that are not kept are never embedded.
-        pixel_values: b c height width, bool_masked_pos: b n, patches_to_keep: b kept -> b (1 + n or kept) d."""
-        size, channels, p = self.config.image_size, self.config.num_channels, self.config.patch_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)} and type {pixel_values.dtype}; pass "
-                             f"normalised floats (images, {channels}, height, width), as preprocess() makes them.")
+        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        init_linear_layers(self, partial(nn.init.normal_, std=config.initializer_range))
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        patches_to_keep: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> Tensor:
+        """Pixels to tokens: the class token, then the patches, each plus its position.
+
+        pixel_values: b c height width; bool_masked_pos: b n, True where the mask token goes;
+        patches_to_keep: b r -> b (1 + r) d. Patches that are not kept are never embedded.
+        Raises ValueError for images of a wrong shape, size or type.
+        """
+        check_pixels(pixel_values, self.config, interpolate_pos_encoding)
         height, width = pixel_values.shape[-2:]
-        if min(height, width) < p or not (interpolate_pos_encoding or height == width == size):
-            raise ValueError(f"the images are {height} x {width} pixels but the model was made for {size} x {size}; "
-                             f"resize, or pass interpolate_pos_encoding=True and at least one patch of {p} x {p}.")
-        patches, positions = patchify(pixel_values.to(self.patch_embed.weight.dtype), p), self.pos_embed
-        # As transformers decides it: 64 x 16 pixels of a 32-pixel model make as many patches but are resampled.
-        if patches.shape[1] != positions.shape[1] - 1 or height != width:
-            positions = interpolate_positions(positions, (height // p, width // p))
-        patch_positions = take_patches(positions[:, 1:].expand(len(patches), -1, -1), patches_to_keep)
+        positions = self.positions_for(height, width)
+        class_position = positions[:, :1]
+        patch_positions = positions[:, 1:].expand(len(pixel_values), -1, -1)
+
+        patches = patchify(pixel_values.to(self.patch_embed.weight.dtype), self.config.patch_size)
         tokens = self.patch_embed(take_patches(patches, patches_to_keep))
         if bool_masked_pos is not None:
-            if self.mask_token is None:
-                raise ValueError("bool_masked_pos needs a mask token: make the model with use_mask_token=True.")
-            masked = take_patches(bool_masked_pos.unsqueeze(-1).bool(), patches_to_keep)
-            tokens = torch.where(masked, self.mask_token.to(tokens.dtype), tokens)
-        class_token = (self.cls_token + positions[:, :1]).expand(len(tokens), -1, -1)
-        tokens = torch.cat([class_token.to(tokens.dtype), tokens + patch_positions], dim=1)
+            tokens = self.replace_masked(tokens, bool_masked_pos, patches_to_keep)
+        tokens = tokens + take_patches(patch_positions, patches_to_keep)
+
+        class_token = (self.cls_token + class_position).expand(len(tokens), -1, -1)
+        tokens = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
         return F.dropout(tokens, self.config.hidden_dropout_prob, self.training)
 
-    def representation(self, pixel_values: Tensor, patches_to_keep: Tensor | None = None,
-                    interpolate_pos_encoding: bool = False) -> Tensor:
-        """The class token after the last layer, *before* the final norm: the published feature for probing. -> b d."""
-        tokens = self.embed(pixel_values, None, patches_to_keep, interpolate_pos_encoding)
-        for i, block in enumerate(self.blocks, 1):  # in the last layer only the class token is computed
-            tokens, _ = self._run(block, tokens, i == len(self.blocks), False)
-        return tokens[:, 0]
+    def positions_for(self, height: int, width: int) -> Tensor:
+        """Positions for images of height x width pixels, resampled if needed. -> 1 (1 + n) d."""
+        p = self.config.patch_size
+        grid = (height // p, width // p)
+        # Decided as in transformers: an image that is not square is resampled even if it has as
+        # many patches as one that is (64 x 16 pixels, and 32 x 32).
+        if height == width and grid[0] * grid[1] == self.pos_embed.shape[1] - 1:
+            return self.pos_embed
+        return interpolate_positions(self.pos_embed, grid)
 
-    def _run(self, block: Block, *arguments) -> tuple[Tensor, Tensor | None]:
-        recompute = self.gradient_checkpointing and self.training
-        return checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+    def replace_masked(
+        self, tokens: Tensor, bool_masked_pos: Tensor, patches_to_keep: Tensor | None
+    ) -> Tensor:
+        """Put the mask token where bool_masked_pos (b n) is True. tokens: b r d -> b r d."""
+        if self.mask_token is None:
+            raise ValueError(
+                "bool_masked_pos needs a mask token: make the model with use_mask_token=True."
+            )
+        masked = take_patches(bool_masked_pos.unsqueeze(-1).bool(), patches_to_keep)
+        return torch.where(masked, self.mask_token.to(tokens.dtype), tokens)
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None,
-                patches_to_keep: Tensor | None = None, interpolate_pos_encoding: bool = False,
-                output_hidden_states: bool = False, output_attentions: bool = False) -> ViTMSNModelOutput:
-        """pixel_values: b c height width; bool_masked_pos: b n, True: masked; patches_to_keep: b kept, None for all."""
-        tokens = self.embed(pixel_values, bool_masked_pos, patches_to_keep, interpolate_pos_encoding)
-        hidden_states, attentions = [tokens] if output_hidden_states else [], []
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        patches_to_keep: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ViTMSNModelOutput:
+        """All tokens through all layers and the final norm; arguments as in `embed`."""
+        tokens = self.embed(
+            pixel_values, bool_masked_pos, patches_to_keep, interpolate_pos_encoding
+        )
+        hidden_states = []
+        attentions = []
+        if output_hidden_states:
+            hidden_states.append(tokens)
+
         for block in self.blocks:
-            tokens, probabilities = self._run(block, tokens, False, output_attentions)
-            hidden_states += [tokens] if output_hidden_states else []  # else all would stay in memory
-            attentions += [probabilities] if output_attentions else []
-        return ViTMSNModelOutput(self.norm(tokens), tuple(hidden_states) or None, tuple(attentions) or None)
+            tokens, probabilities = self.run_layer(block, tokens, output_attentions)
+            if output_hidden_states:  # not otherwise: the list would hold them all in memory
+                hidden_states.append(tokens)
+            if output_attentions:
+                attentions.append(probabilities)
 
-# ---- Classifier ------------------------------------------------------------------------------------------------------
+        return ViTMSNModelOutput(
+            last_hidden_state=self.norm(tokens),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def representation(
+        self,
+        pixel_values: Tensor,
+        patches_to_keep: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> Tensor:
+        """The class token after the last layer, *before* the final norm. -> b d.
+
+        This is the published feature for probing. In the last layer nothing else is computed.
+        """
+        tokens = self.embed(pixel_values, None, patches_to_keep, interpolate_pos_encoding)
+        for block in self.blocks[:-1]:
+            tokens, _ = self.run_layer(block, tokens)
+        class_token = self.run_layer(self.blocks[-1].forward_class_token, tokens)
+        return class_token[:, 0]
+
+    def run_layer(self, layer: Callable, *arguments):
+        """layer(*arguments). With checkpointing, its inside is not stored but computed again."""
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
+
+
+# ---- Classifier ----------------------------------------------------------------------------------
+
+
+@dataclass
+class ViTMSNClassifierOutput:
+    """What the classifier returns. All but the logits are None unless asked for."""
+
+    logits: Tensor  # b num_labels
+    loss: Tensor | None = None  # scalar
+    hidden_states: tuple[Tensor, ...] | None = None  # as in ViTMSNModelOutput
+    attentions: tuple[Tensor, ...] | None = None
+
+
+torch.export.register_dataclass(
+    ViTMSNClassifierOutput, serialized_type_name="ViTMSNClassifierOutput"
+)
+
+
+class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
+    """The backbone with a linear classifier on the class token.
+
+    Departure: it reads the class token *after* the final norm, as in transformers; the official
+    evaluation reads it before (`ViTMSNModel.representation`).
+    """
+
+    def __init__(self, config: ViTMSNConfig):
+        super().__init__()
+        self.config = config
+        self.vit = ViTMSNModel(config)
+        self.classifier = nn.Identity()
+        if config.num_labels:
+            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        init_linear_layers(self.classifier, partial(nn.init.normal_, std=config.initializer_range))
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ViTMSNClassifierOutput:
+        """pixel_values: b c height width. With labels, the output holds a loss.
+
+        labels: b class numbers, or b num_labels for regression and multi-label problems.
+        """
+        hidden_states = None
+        attentions = None
+        if output_hidden_states or output_attentions:
+            out = self.vit(
+                pixel_values,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+            )
+            class_token = out.last_hidden_state[:, 0]
+            hidden_states = out.hidden_states
+            attentions = out.attentions
+        else:  # the same, with less work in the last layer
+            representation = self.vit.representation(
+                pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
+            )
+            class_token = self.vit.norm(representation)
+
+        logits = self.classifier(class_token)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config)
+        return ViTMSNClassifierOutput(logits, loss, hidden_states, attentions)
+
+
 def classification_loss(logits: Tensor, labels: Tensor, config: ViTMSNConfig) -> Tensor:
-    """Mean squared error, cross-entropy or binary cross-entropy. logits: b num_labels -> scalar."""
-    if config.problem_type is None:  # inferred once, as transformers does
-        kind = "single_label" if labels.dtype in (torch.long, torch.int) else "multi_label"
-        config.problem_type = "regression" if config.num_labels == 1 else f"{kind}_classification"
+    """Mean squared error, cross-entropy or binary cross-entropy. logits: b num_labels -> scalar.
+
+    Which one, config.problem_type says; if it does not, the labels do, as in transformers, and
+    their answer is written into the config.
+    """
+    if config.problem_type is None:
+        if config.num_labels == 1:
+            config.problem_type = "regression"
+        elif labels.dtype in (torch.long, torch.int):
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+
     if config.problem_type == "regression":
         return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
     if config.problem_type == "single_label_classification":
         return F.cross_entropy(logits, labels.view(-1).long())
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
-class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
-    """The backbone with a linear head on the class token (after the final norm, as in transformers)."""
-    def __init__(self, config: ViTMSNConfig):
-        super().__init__()
-        self.config, self.vit = config, ViTMSNModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
-        init_linear_layers(self.classifier, partial(nn.init.normal_, std=config.initializer_range))
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, interpolate_pos_encoding: bool = False,
-                output_hidden_states: bool = False, output_attentions: bool = False) -> ViTMSNClassifierOutput:
-        """pixel_values: b c height width; labels: b class numbers, or b num_labels for regression and multi-label."""
-        if output_hidden_states or output_attentions:
-            out = self.vit(pixel_values, None, None, interpolate_pos_encoding, output_hidden_states, output_attentions)
-            state, extras = out.last_hidden_state[:, 0], (out.hidden_states, out.attentions)
-        else:
-            state, extras = self.vit.norm(self.vit.representation(pixel_values, None, interpolate_pos_encoding)), ()
-        logits = self.classifier(state)
-        loss = None if labels is None else classification_loss(logits, labels, self.config)
-        return ViTMSNClassifierOutput(logits, loss, *extras)
+# ---- Similarity Metric and Predictions (paper, Section 3) ----------------------------------------
+#
+# This section and the next can be copied as they are. They need these imports:
+#     import math
+#     from collections.abc import Callable
+#     from typing import NamedTuple
+#     import torch
+#     import torch.nn.functional as F
+#     from einops import rearrange
+#     from torch import Tensor
+#
+# Departure: all probabilities are kept as logarithms. The paper and the official code write them
+# plainly, and at temperature 0.1 and sharpening 0.05 a float32 probability rounds to 0, whose
+# logarithm is infinite.
 
-# ---- Similarity Metric and Predictions (paper, Section 3) ------------------------------------------------------------
-# In the log domain throughout: at temperature 0.1, sharpening 0.05 a float32 p rounds to 0, and its log is infinite.
-AllReduce = Callable[[Tensor, str], Tensor]  # x, "sum" or "max" -> that of x over all processes
+AllReduce = Callable[[Tensor, str], Tensor]  # (x, "sum" or "max") -> that of x over all processes
+
 
 def one_process(x: Tensor, op: str) -> Tensor:
-    """The reduction over all processes if there is but one. train_msn.py has the other."""
+    """The reduction over all processes where there is but one. train_msn.py has the other."""
     return x
 
+
 def log_assign(z: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """log p(prototype | view) = log softmax of the cosine similarities / tau. z: b e, prototypes: k e -> b k."""
-    return (F.normalize(z, dim=-1) @ F.normalize(prototypes, dim=-1).T / temperature).log_softmax(dim=-1)
+    """log p = log softmax(z . q / τ): the assignment of each z to the prototypes q, in logarithms.
+
+    z and q are scaled to unit length first, so that z . q is their cosine similarity.
+    z: b e, prototypes: k e -> b k.
+    """
+    cosines = F.normalize(z, dim=-1) @ F.normalize(prototypes, dim=-1).T
+    return (cosines / temperature).log_softmax(dim=-1)
+
 
 def smooth(log_p: Tensor, smoothing: float) -> Tensor:
-    """Label smoothing of the prototype labels (not in the paper): log((1 - s) p + s / k). log_p: b k -> b k."""
-    return torch.logaddexp(log_p + math.log1p(-smoothing), log_p.new_full((), smoothing / log_p.shape[-1]).log())
+    """log((1 - s) p + s / k). log_p: b k -> b k.
+
+    Departure: label smoothing of the assignments is in the official code, at weight 0, and not in
+    the paper.
+    """
+    uniform_share = log_p.new_full((), smoothing / log_p.shape[-1])
+    return torch.logaddexp(log_p + math.log1p(-smoothing), uniform_share.log())
+
 
 def sharpen(log_p: Tensor, sharpening: float) -> Tensor:
-    """p^(1/T) renormalised: the paper's softmax at tau+ = T tau (T: sharpening; 0.25 x 0.1). log_p: b k -> b k."""
+    """log of p^(1/T), scaled to sum to 1 (T: sharpening, below 1 sharpens). log_p: b k -> b k.
+
+    The same as the paper's softmax at a lower temperature τ⁺ = T τ: 0.025 = 0.25 x 0.1.
+    """
     return (log_p / sharpening).log_softmax(dim=-1)
 
+
 def batch_logsumexp(log_p: Tensor, all_reduce: AllReduce) -> Tensor:
-    """log of the sum of p over the rows of all processes: how much mass each prototype gets. log_p: b k -> k."""
-    peak = all_reduce(log_p.detach().amax(dim=0), "max")
-    return peak + all_reduce((log_p - peak).exp().sum(dim=0), "sum").log()
+    """log Σ_b p over all processes: what each prototype gets of the batch. log_p: b k -> k."""
+    peak = all_reduce(log_p.detach().amax(dim=0), "max")  # as in any logsumexp, nothing overflows
+    total = all_reduce((log_p - peak).exp().sum(dim=0), "sum")
+    return peak + total.log()
+
 
 def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_process) -> Tensor:
-    """Sinkhorn balancing (paper, Appendix A.1): each prototype gets the same share of the batch, then each view sums
-    to 1 (in the end only this is exact). The constants of the usual form cancel. log_p: b k (any values) -> b k."""
+    """Sinkhorn balancing (paper, Appendix A.1) in logarithms. log_p: b k, any values -> b k.
+
+    Each iteration first gives every prototype the same share of the batch, and then lets the
+    assignment of every image sum to 1. At the end only the second is exact. (The usual form scales
+    the shares to 1/k and 1/b; these constants cancel.)
+    """
     for _ in range(iterations):
-        log_p = (log_p - batch_logsumexp(log_p, all_reduce)).log_softmax(dim=-1)
+        log_p = log_p - batch_logsumexp(log_p, all_reduce)  # prototypes: each column sums to 1
+        log_p = log_p.log_softmax(dim=-1)  # images: each line sums to 1
     return log_p
 
-# ---- Training Objective (paper, Section 3, equation (1)) -------------------------------------------------------------
-def cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
-    """H(p+, p), mean over all anchor views: the first term of (1). log_p: v b k, targets: b k (no gradient)."""
-    return -(targets * log_p.mean(dim=0)).sum(dim=-1).mean()  # views share a target: averaged first, nothing is tiled
 
-def me_max(log_p: Tensor, log_prior: Tensor | None = None, all_reduce: AllReduce = one_process) -> Tensor:
-    """ME-MAX: KL(mean prediction || prior) >= 0, to be minimised. log_p: rows k -> scalar. Uniform prior (None): log k
-    - H(mean prediction), the second term of (1) shifted to be 0 at best. Another prior is PMSN (arXiv 2210.07277)."""
-    log_mean = batch_logsumexp(log_p, all_reduce).log_softmax(dim=-1)  # rows sum to 1: divides by their number
+# ---- Training Objective (paper, Section 3, equation (1)) -----------------------------------------
+#
+#     minimise   1/(M B) Σ_i Σ_m H(p⁺_i, p_i,m)  -  λ H(p̄)                                     (1)
+#
+#     p_i,m = softmax(z_i,m . q / τ)                 prediction of anchor view m of image i
+#     p⁺_i  = Sinkhorn(softmax(z⁺_i . q / (T τ)))    target of image i; it gets no gradient
+#     H(p⁺, p) = - Σ_k p⁺_k log p_k                  low if the anchor view predicts the target
+#     p̄ = 1/(M B) Σ_i Σ_m p_i,m                      mean prediction of the batch
+#     H(p̄) = - Σ_k p̄_k log p̄_k                       high if all prototypes are in use
+#
+# In the code images i run along axis b, views m along v and prototypes along k; τ is temperature,
+# T is sharpening, λ is memax_weight.
+
+
+def cross_entropy(log_p: Tensor, p_plus: Tensor) -> Tensor:
+    """1/(M B) Σ_i Σ_m H(p⁺_i, p_i,m). log_p: v b k, p_plus: b k, a constant -> scalar."""
+    # All views of an image have one target, and H is linear in log p: so average the views first.
+    mean_over_views = log_p.mean(dim=0)
+    return -(p_plus * mean_over_views).sum(dim=-1).mean()
+
+
+def me_max(
+    log_p: Tensor, log_prior: Tensor | None = None, all_reduce: AllReduce = one_process
+) -> Tensor:
+    """ME-MAX, mean entropy maximisation, as a term to minimise: KL(p̄ || prior), never negative.
+
+    log_p: (v b) k, log_prior: k or None for the uniform prior -> scalar.
+    Departure: with the uniform prior this is log k - H(p̄), as in the official code. The paper has
+    - H(p̄): the same gradient, but not 0 where the term is at its best. Other priors are from a
+    later paper (PMSN, arXiv 2210.07277).
+    """
+    log_mean = batch_logsumexp(log_p, all_reduce).log_softmax(dim=-1)  # log p̄: its sum is 1
     log_prior = -math.log(log_p.shape[-1]) if log_prior is None else log_prior.to(log_mean)
     return (log_mean.exp() * (log_mean - log_prior)).sum()
 
-def entropy(log_p: Tensor) -> Tensor:
-    """Mean entropy of the single predictions, in nats (not in the paper; weight 0). log_p: rows k -> scalar."""
-    return -(log_p.exp() * log_p).sum(dim=-1).mean()
 
 def power_law_prior(num_prototypes: int, exponent: float) -> Tensor:
-    """log of a prior like rank^-exponent (PMSN, Section 4): few frequent, many rare classes. 0: uniform. -> k."""
-    return (-exponent * torch.arange(1, num_prototypes + 1, dtype=torch.float64).log()).log_softmax(dim=0)
+    """log of a prior proportional to rank^-exponent: few frequent, many rare classes. -> k.
+
+    From PMSN, Section 4, for data whose classes are not of one size. Exponent 0 is uniform.
+    """
+    ranks = torch.arange(1, num_prototypes + 1, dtype=torch.float64)
+    return (-exponent * ranks.log()).log_softmax(dim=0)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Mean entropy of the single predictions, in nats. log_p: (v b) k -> scalar.
+
+    Departure: this term is in the official code, at weight 0, and not in the paper.
+    """
+    return -(log_p.exp() * log_p).sum(dim=-1).mean()
+
+
+def count_prototypes_used(p_plus: Tensor, all_reduce: AllReduce) -> Tensor:
+    """How many prototypes are the first choice of some target. p_plus: b k -> scalar."""
+    first_choices = F.one_hot(p_plus.argmax(dim=-1), p_plus.shape[-1])
+    times_chosen = all_reduce(first_choices.sum(dim=0), "sum")
+    return (times_chosen > 0).sum()
+
 
 class MSNLoss(NamedTuple):
-    """Scalars but target_assignments. Collapsed: top_assignment 1, 1 prototype used; or top = bottom = 1 / k."""
-    loss: Tensor
-    cross_entropy: Tensor
-    memax: Tensor
+    """The objective, its terms, and the target assignments with three statistics of them.
+
+    Two signs of collapse: top_assignment is 1 with one prototype used, or top_assignment and
+    bottom_assignment are both 1 / k. All are scalars but target_assignments.
+    """
+
+    loss: Tensor  # (1)
+    cross_entropy: Tensor  # its first term
+    memax: Tensor  # its second term, without λ
     entropy: Tensor
-    target_assignments: Tensor  # b k, rows sum to 1
-    prototypes_used: Tensor  # how many are some target's first choice
-    top_assignment: Tensor  # each target's highest, their mean
-    bottom_assignment: Tensor  # each target's lowest, their mean
+    target_assignments: Tensor  # p⁺: b k, each line sums to 1
+    prototypes_used: Tensor  # how many are the first choice of some target
+    top_assignment: Tensor  # the highest of each target, averaged
+    bottom_assignment: Tensor  # the lowest of each target, averaged
 
-def msn_loss(anchors: Tensor, targets: Tensor, prototypes: Tensor, *, temperature: float = 0.1,
-             sharpening: float = 0.25, sinkhorn_iterations: int = 3, memax_weight: float = 1.0,
-             entropy_weight: float = 0.0, label_smoothing: float = 0.0, log_prior: Tensor | None = None,
-             all_reduce: AllReduce = one_process) -> MSNLoss:
-    """The objective (1), its lambda being memax_weight, and its terms. anchors: (v b) e, view-major; targets: b e;
-    prototypes: k e. Gradients reach the anchors and, on the anchors' side only, the prototypes. Departure: at least
-    float32 even under autocast (the official code has no mixed precision). sinkhorn_iterations=0 leaves it out."""
-    if len(anchors) % len(targets):
-        raise ValueError(f"{len(anchors)} anchor rows are no whole number of views of {len(targets)} target rows.")
+
+def msn_loss(
+    anchors: Tensor,
+    targets: Tensor,
+    prototypes: Tensor,
+    *,
+    temperature: float = 0.1,
+    sharpening: float = 0.25,
+    sinkhorn_iterations: int = 3,
+    memax_weight: float = 1.0,
+    entropy_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    log_prior: Tensor | None = None,
+    all_reduce: AllReduce = one_process,
+) -> MSNLoss:
+    """Equation (1) of projected views. anchors: (v b) e, all images of the first view first.
+
+    targets: b e; prototypes: k e; sinkhorn_iterations=0 leaves Sinkhorn out.
+    Gradients reach the anchors and, by the anchors' side only, the prototypes.
+    Raises ValueError if there is no whole number of anchor views for each target.
+    """
+    b = len(targets)
+    if len(anchors) % b:
+        raise ValueError(f"{len(anchors)} anchors are no whole number of views of {b} targets.")
+
+    # Departure: float32 even under autocast. The official code has no mixed precision.
     with torch.autocast(anchors.device.type, enabled=False):
-        working = torch.promote_types(prototypes.dtype, torch.float32)
-        anchors, targets, prototypes = (x.to(working) for x in (anchors, targets, prototypes))
-        log_p = smooth(log_assign(anchors, prototypes, temperature), label_smoothing)
-        with torch.no_grad():
-            log_plus = smooth(log_assign(targets, prototypes, temperature), label_smoothing)
-            p_plus = sinkhorn(sharpen(log_plus, sharpening), sinkhorn_iterations, all_reduce).exp()
-            used = (all_reduce(F.one_hot(p_plus.argmax(dim=-1), p_plus.shape[-1]).sum(dim=0), "sum") > 0).sum()
-        ce = cross_entropy(rearrange(log_p, "(v b) k -> v b k", b=len(targets)), p_plus)
-        memax, ent = me_max(log_p, log_prior, all_reduce), entropy(log_p)
-        total = ce + memax_weight * memax + entropy_weight * ent
-        return MSNLoss(total, ce, memax, ent, p_plus, used, p_plus.amax(dim=-1).mean(), p_plus.amin(dim=-1).mean())
+        dtype = torch.promote_types(prototypes.dtype, torch.float32)
+        anchors = anchors.to(dtype)
+        targets = targets.to(dtype)
+        prototypes = prototypes.to(dtype)
 
-# ---- Pretraining: anchor encoder, target encoder and prototypes ------------------------------------------------------
+        # log p_i,m: the predictions of the anchor views, (v b) k
+        log_p = smooth(log_assign(anchors, prototypes, temperature), label_smoothing)
+
+        # p⁺_i: the targets, b k. Sharpened first, then balanced, and constant in the gradient.
+        with torch.no_grad():
+            log_p_plus = smooth(log_assign(targets, prototypes, temperature), label_smoothing)
+            log_p_plus = sharpen(log_p_plus, sharpening)
+            p_plus = sinkhorn(log_p_plus, sinkhorn_iterations, all_reduce).exp()
+            prototypes_used = count_prototypes_used(p_plus, all_reduce)
+
+        log_p_views = rearrange(log_p, "(v b) k -> v b k", b=b)
+        cross_entropy_term = cross_entropy(log_p_views, p_plus)  # 1/(M B) Σ_i Σ_m H(p⁺_i, p_i,m)
+        memax_term = me_max(log_p, log_prior, all_reduce)  # log k - H(p̄)
+        entropy_term = entropy(log_p)  # not in (1), and of weight 0
+
+        # equation (1), shifted by λ log k
+        loss = cross_entropy_term + memax_weight * memax_term + entropy_weight * entropy_term
+        return MSNLoss(
+            loss=loss,
+            cross_entropy=cross_entropy_term,
+            memax=memax_term,
+            entropy=entropy_term,
+            target_assignments=p_plus,
+            prototypes_used=prototypes_used,
+            top_assignment=p_plus.amax(dim=-1).mean(),
+            bottom_assignment=p_plus.amin(dim=-1).mean(),
+        )
+
+
+# ---- Pretraining model: anchor encoder, target encoder and prototypes ----------------------------
+
+
 class ProjectionHead(nn.Sequential):
-    """Three linear layers, rows d -> rows e; thrown away after pretraining (paper, Appendix A.1). Departure: the paper
-    puts batch norm "at the input and hidden layers"; the released code, and so we, after the two hidden layers only."""
+    """Three linear layers, b d -> b e; thrown away after pretraining (paper, Appendix A.1).
+
+    Departure: the paper puts batch norm "at the input and hidden layers"; the official code, and
+    so this one, after the two hidden layers only.
+    """
+
     def __init__(self, width: int, hidden_dim: int, output_dim: int):
         super().__init__()
-        self.fc1, self.bn1, self.gelu1 = nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()
-        self.fc2, self.bn2, self.gelu2 = nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()
+        self.fc1 = nn.Linear(width, hidden_dim)
+        self.bn1 = nn.BatchNorm1d(hidden_dim)
+        self.gelu1 = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
+        self.bn2 = nn.BatchNorm1d(hidden_dim)
+        self.gelu2 = nn.GELU()
         self.fc3 = nn.Linear(hidden_dim, output_dim)
 
+
 class MSNEncoder(ViTMSNModel):
-    """f_theta: the backbone with the projection head, from views to the vectors that are compared with prototypes."""
+    """f_θ: backbone and projection head, from views to vectors to compare with prototypes."""
+
     def __init__(self, config: ViTMSNConfig, hidden_dim: int, output_dim: int):
         super().__init__(config)
         self.fc = ProjectionHead(config.hidden_size, hidden_dim, output_dim)
+
+        # Departure: cut at two standard deviations. The official code cuts at -2 and 2, which are
+        # a hundred standard deviations and cut nothing.
         std = config.initializer_range
-        # Departure: cut at two standard deviations. Officially at +-2, a hundred of them: never.
-        init_linear_layers(self, partial(nn.init.trunc_normal_, std=std, a=-2 * std, b=2 * std))
+        draw = partial(nn.init.trunc_normal_, std=std, a=-2 * std, b=2 * std)
+        init_linear_layers(self, draw)
         nn.init.kaiming_normal_(self.patch_embed.weight)
         nn.init.normal_(self.cls_token, std=std)
         nn.init.normal_(self.pos_embed, std=std)
 
     def forward(self, views: list[Tensor], patches_to_keep: list[Tensor | None]) -> Tensor:
-        """views: v tensors b c height width of any sizes, patches_to_keep: b kept or None for each -> v b e.
-        Views of one size and kept count go through together, so batch norm has its statistics per resolution."""
-        shapes = [(view.shape, getattr(keep, "shape", None)) for view, keep in zip(views, patches_to_keep, strict=True)]
-        projections: dict[int, Tensor] = {}
-        for shape in dict.fromkeys(shapes):
-            members = [i for i in range(len(views)) if shapes[i] == shape]
-            keep = None if shape[1] is None else torch.cat([patches_to_keep[i] for i in members])
-            state = self.representation(torch.cat([views[i] for i in members]), keep, interpolate_pos_encoding=True)
-            projections.update(zip(members, self.fc(self.norm(state)).chunk(len(members)), strict=True))
-        return torch.stack([projections[i] for i in range(len(views))])
+        """Views to projections. views: v tensors b c height width of any sizes -> v b e.
+
+        patches_to_keep: for each view b r, or None for all. Views of one size that keep the same
+        number of patches go through together, so batch norm takes its statistics of each size.
+        """
+        projections = [None] * len(views)
+        for members in group_by_shape(views, patches_to_keep):
+            images = torch.cat([views[i] for i in members])
+            indices = None
+            if patches_to_keep[members[0]] is not None:
+                indices = torch.cat([patches_to_keep[i] for i in members])
+
+            representation = self.representation(images, indices, interpolate_pos_encoding=True)
+            projected = self.fc(self.norm(representation))
+            for i, projection in zip(members, projected.chunk(len(members)), strict=True):
+                projections[i] = projection
+        return torch.stack(projections)
+
+
+def group_by_shape(views: list[Tensor], patches_to_keep: list[Tensor | None]) -> list[list[int]]:
+    """The indices of views that can be one batch: same size, same number of patches to keep."""
+    groups = {}
+    for i, (view, indices) in enumerate(zip(views, patches_to_keep, strict=True)):
+        shape = (view.shape, None if indices is None else indices.shape)
+        groups.setdefault(shape, []).append(i)
+    return list(groups.values())
+
 
 class ViTMSNForPreTraining(nn.Module):
-    """Masked Siamese Network: anchor encoder and prototypes, which learn, and the target encoder, which follows.
-    loss_options are those of msn_loss; `prior_exponent` is power_law_prior's (0: the uniform prior)."""
-    def __init__(self, config: ViTMSNConfig, hidden_dim: int = 2048, output_dim: int = 256, num_prototypes: int = 1024,
-                 *, prior_exponent: float = 0.0, **loss_options):
+    """A Masked Siamese Network: anchor encoder and prototypes, which learn, and target encoder.
+
+    The target encoder follows the anchor encoder as a moving average (`update_target`).
+    prior_exponent: that of `power_law_prior`; 0 is the uniform prior. loss_options: those of
+    `msn_loss`.
+    """
+
+    def __init__(
+        self,
+        config: ViTMSNConfig,
+        hidden_dim: int = 2048,
+        output_dim: int = 256,
+        num_prototypes: int = 1024,
+        *,
+        prior_exponent: float = 0.0,
+        **loss_options,
+    ):
         super().__init__()
-        self.config, self.prior_exponent, self.loss_options = config, prior_exponent, loss_options
-        bound = output_dim**-0.5
+        self.config = config
+        self.prior_exponent = prior_exponent
+        self.loss_options = loss_options
+
         self.anchor_encoder = MSNEncoder(config, hidden_dim, output_dim)
-        self.prototypes = nn.Parameter(torch.empty(num_prototypes, output_dim).uniform_(-bound, bound))
+        bound = output_dim**-0.5
+        prototypes = torch.empty(num_prototypes, output_dim).uniform_(-bound, bound)
+        self.prototypes = nn.Parameter(prototypes)
         self.target_encoder = copy.deepcopy(self.anchor_encoder).requires_grad_(False)
 
-    def forward(self, target_view: Tensor, anchor_views: list[Tensor],
-                patches_to_keep: list[Tensor | None] | None = None, sharpening: float | None = None) -> MSNLoss:
-        """target_view: b c height width; anchor_views: v tensors, each with its patches_to_keep (b kept) or None.
-        sharpening: this step's value, where it follows a schedule; else the one given at construction."""
-        keep = [None] * len(anchor_views) if patches_to_keep is None else patches_to_keep
-        if not anchor_views or len(keep) != len(anchor_views):
-            raise ValueError(f"{len(anchor_views)} anchor views and {len(keep)} entries of patches_to_keep: give at "
-                             "least one view, and None or indices for each.")
-        anchors = rearrange(self.anchor_encoder(anchor_views, keep), "v b e -> (v b) e")
-        # As published, the target's head, too, takes its batch's own statistics, so keep the module in train(). Its
-        # running ones are its own: update_target skips buffers. The backbone has no batch norm, so features need none.
+    def forward(
+        self,
+        target_view: Tensor,
+        anchor_views: list[Tensor],
+        patches_to_keep: list[Tensor | None] | None = None,
+        sharpening: float | None = None,
+    ) -> MSNLoss:
+        """The objective of one batch. target_view: b c height width; anchor_views: v such tensors.
+
+        patches_to_keep: for each anchor view b r, or None for all.
+        sharpening: this step's, where it follows a schedule; None means the constructor's.
+        Raises ValueError without anchor views, or if patches_to_keep does not match them.
+        """
+        if patches_to_keep is None:
+            patches_to_keep = [None] * len(anchor_views)
+        if not anchor_views or len(patches_to_keep) != len(anchor_views):
+            raise ValueError(
+                f"{len(anchor_views)} anchor views and {len(patches_to_keep)} entries of "
+                "patches_to_keep: give at least one view, and None or indices for each."
+            )
+
+        anchors = rearrange(self.anchor_encoder(anchor_views, patches_to_keep), "v b e -> (v b) e")
+        # The target's batch norm, too, takes the statistics of its own batch, as published: keep
+        # the module in train(). Without gradient: the target encoder never learns by itself.
         with torch.no_grad():
             targets = self.target_encoder([target_view], [None])[0]
-        options = self.loss_options if sharpening is None else {**self.loss_options, "sharpening": sharpening}
-        prior = power_law_prior(len(self.prototypes), self.prior_exponent) if self.prior_exponent else None
-        return msn_loss(anchors, targets, self.prototypes, log_prior=prior, **options)
+
+        options = dict(self.loss_options)
+        if sharpening is not None:
+            options["sharpening"] = sharpening
+        log_prior = None
+        if self.prior_exponent:
+            log_prior = power_law_prior(len(self.prototypes), self.prior_exponent)
+        return msn_loss(anchors, targets, self.prototypes, log_prior=log_prior, **options)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        """target <- momentum * target + (1 - momentum) * anchor, the parameters only, not the buffers of batch norm."""
-        torch._foreach_lerp_([*self.target_encoder.parameters()], [*self.anchor_encoder.parameters()], 1 - momentum)
+        """target <- momentum * target + (1 - momentum) * anchor, for every parameter.
+
+        The buffers of batch norm are not averaged, as published: each encoder has its own.
+        """
+        targets = list(self.target_encoder.parameters())
+        anchors = list(self.anchor_encoder.parameters())
+        # target + (1 - momentum) (anchor - target), in one call for all of them
+        torch._foreach_lerp_(targets, anchors, 1 - momentum)
 
     def load_pretrained(self, name_or_path: str | os.PathLike) -> list[str]:
-        """Start both encoders from weights that from_pretrained reads: a backbone alone, or with projection head and
-        prototypes where they are there in these shapes. Positions are resampled. Returns the names that stay new."""
-        _, weights = read_pretrained(name_or_path, self.config)
-        own = self.anchor_encoder.state_dict()
-        fits = all(weights[name].shape == own[name].shape for name in own.keys() & weights.keys() if name[:3] == "fc.")
-        weights = {name: value for name, value in weights.items() if fits or not name.startswith("fc.")}
-        with suppress(KeyError, IndexError, ValueError, ArithmeticError, RuntimeError):  # load_weights will name it
-            if weights["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
-                weights["pos_embed"] = interpolate_positions(weights["pos_embed"], (self.config.grid_size,) * 2)
-        prototypes = weights.pop("prototypes", None)
-        new = load_weights(self.anchor_encoder, weights, str(name_or_path), may_be_new=r"fc\.")
-        self.target_encoder.load_state_dict(self.anchor_encoder.state_dict())
-        if prototypes is None or prototypes.shape != self.prototypes.shape or new:
-            return [*new, "prototypes"]  # prototypes mean nothing to another head
-        if not torch.isfinite(prototypes).all():
-            raise ValueError(f"{name_or_path}: the prototypes are not finite.")
-        self.prototypes.data.copy_(prototypes)
-        return new
+        """Start both encoders from stored weights. `load_into_pretraining` documents it."""
+        return load_into_pretraining(self, name_or_path)
 
-# ---- Reading and writing weights -------------------------------------------------------------------------------------
+
+# ==================================================================================================
+# Compatibility with transformers and the original release
+#
+# Nothing below is part of the method: checks of what users pass in, names of weights, files.
+# ==================================================================================================
+
+# ---- Checks --------------------------------------------------------------------------------------
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+CHOICES = {
+    "hidden_act": tuple(ACTIVATIONS),
+    "attn_implementation": ("sdpa", "eager"),
+    "problem_type": (None, *PROBLEM_TYPES),
+}
+
+
+def complete_labels(config: ViTMSNConfig) -> None:
+    """Fill in whichever of num_labels, id2label and label2id were left out.
+
+    Raises ValueError if they contradict each other.
+    """
+    if config.id2label is None:
+        if config.num_labels is None:
+            config.num_labels = 2
+        if type(config.num_labels) is not int or not 0 <= config.num_labels <= 10**6:
+            raise ValueError(
+                f"num_labels={config.num_labels!r} must be a whole number from 0 to a million."
+            )
+        config.id2label = {i: f"LABEL_{i}" for i in range(config.num_labels)}
+
+    try:  # config.json has the numbers as text
+        config.id2label = {int(i): str(name) for i, name in config.id2label.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"id2label={config.id2label!r} must map class numbers to names.") from None
+
+    if config.num_labels not in (None, len(config.id2label)):
+        raise ValueError(
+            f"num_labels={config.num_labels} but id2label names {len(config.id2label)} classes; "
+            "give one."
+        )
+    config.num_labels = len(config.id2label)
+    if config.label2id is None:
+        config.label2id = {name: i for i, name in config.id2label.items()}
+
+
+def check_config(config: ViTMSNConfig) -> None:
+    """Raise ValueError for a value that no model can have, saying what would do."""
+    for entry in fields(config):
+        name = entry.name
+        value = getattr(config, name)
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r} is not known; use one of {CHOICES[name]}.")
+        if entry.type is int and (type(value) is not int or value < 1):
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        if entry.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
+            raise ValueError(f"{name}={value!r} must be a number of at least 0 and below 1.")
+        if entry.type is bool and type(value) is not bool:
+            raise ValueError(f"{name}={value!r} must be True or False.")
+
+    width = config.hidden_size
+    heads = config.num_attention_heads
+    rest = width % heads
+    if rest:
+        below = max(width - rest, heads)
+        above = width - rest + heads
+        raise ValueError(
+            f"hidden_size={width} is not divisible by num_attention_heads={heads}; use {below} or "
+            f"{above}, or another number of heads."
+        )
+
+    if config.patch_size > config.image_size:
+        raise ValueError(
+            f"no patch fits: patch_size={config.patch_size} must be <= "
+            f"image_size={config.image_size}."
+        )
+
+
+def check_pixels(pixel_values: Tensor, config: ViTMSNConfig, any_size: bool) -> None:
+    """Raise ValueError unless these are images for the model; any_size: of one patch or more."""
+    channels = config.num_channels
+    of_images = pixel_values.ndim == 4 and pixel_values.shape[1] == channels
+    if not of_images or not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)} and type {pixel_values.dtype}; "
+            f"pass normalised floats (images, {channels}, height, width), as preprocess() makes "
+            "them."
+        )
+
+    p = config.patch_size
+    size = config.image_size
+    height, width = pixel_values.shape[-2:]
+    if min(height, width) < p or not (any_size or height == width == size):
+        raise ValueError(
+            f"the images are {height} x {width} pixels but the model was made for {size} x {size}; "
+            f"resize, or pass interpolate_pos_encoding=True and at least one patch of {p} x {p}."
+        )
+
+
+# ---- config.json ---------------------------------------------------------------------------------
+
+
+def config_from_dict(cls: type[ViTMSNConfig], values: dict) -> ViTMSNConfig:
+    """The config in the content of a config.json. Raises ValueError for another kind of model."""
+    if isinstance(values, dict):
+        model_type = values.get("model_type", "vit_msn")
+    else:
+        model_type = type(values).__name__
+    if model_type != "vit_msn":
+        raise ValueError(f"this config describes {model_type!r}, not a model of type 'vit_msn'.")
+
+    known = {}
+    extra = {}
+    own_names = {entry.name for entry in fields(cls)} - {"extra"}
+    for name, value in values.items():
+        if name in own_names:
+            known[name] = value
+        elif name not in ("model_type", "architectures"):  # these are written anew
+            extra[name] = value
+    return cls(**known, extra=extra)
+
+
+def config_from_pretrained(
+    cls: type[ViTMSNConfig], name_or_path: str | os.PathLike
+) -> ViTMSNConfig:
+    """Read a config.json. Raises FileNotFoundError, or ValueError that names the file."""
+    path = local_folder(name_or_path) / "config.json"
+    content = path.read_bytes()
+    try:
+        return cls.from_dict(json.loads(content))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} can't be used: {error}") from error
+
+
+def config_to_dict(config: ViTMSNConfig) -> dict:
+    """The content of config.json: `extra`, and all fields but those that transformers derives."""
+    left_out = {"extra", "attn_implementation", "num_labels"}
+    values = {}
+    for name, value in asdict(config).items():
+        if value is not None and name not in left_out:
+            values[name] = value
+    return {**config.extra, **values, "model_type": "vit_msn"}
+
+
+# ---- Names of weights ----------------------------------------------------------------------------
+#
+# The same weights have other names in each layout. Ours are those of the original release, but for
+# patch_embed: a convolution there (patch_embed.proj, weight d c p p), a linear layer here (weight
+# d (c p p)). Layouts of transformers:
+#   - files of all versions, and the memory of versions up to 4: FILE_NAMES
+#   - the memory of version 5: FILE_NAMES, but for the parts in MEMORY_5_NAMES
+# In classifiers, "vit." precedes all names but classifier's; in files of version 5, only some.
+# So when reading it is always taken off.
+
+QKV = ("query", "key", "value")  # three tensors in transformers, one fused here
+
+FILE_NAMES = {  # part of a name in the original release: the same part in files of transformers
+    ".cls_token": ".embeddings.cls_token",
+    ".mask_token": ".embeddings.mask_token",
+    ".pos_embed": ".embeddings.position_embeddings",
+    ".norm.": ".layernorm.",
+    ".patch_embed.proj.": ".embeddings.patch_embeddings.projection.",
+    ".blocks.": ".encoder.layer.",
+    ".norm1.": ".layernorm_before.",
+    ".norm2.": ".layernorm_after.",
+    ".attn.query.": ".attention.attention.query.",
+    ".attn.key.": ".attention.attention.key.",
+    ".attn.value.": ".attention.attention.value.",
+    ".attn.proj.": ".attention.output.dense.",  # before mlp.fc2, whose name is part of this one
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
+}
+
+MEMORY_5_NAMES = {  # part of a name in the original release: in the memory of transformers 5
+    ".blocks.": ".layers.",
+    ".attn.query.": ".attention.q_proj.",
+    ".attn.key.": ".attention.k_proj.",
+    ".attn.value.": ".attention.v_proj.",
+    ".attn.proj.": ".attention.o_proj.",
+}
+
+
+def rename(state: dict[str, Tensor], parts: dict[str, str]) -> dict[str, Tensor]:
+    """Replace parts of names (old: new), one after the other; a dot is put before every name."""
+    renamed = {}
+    for name, value in state.items():
+        name = f".{name}"
+        for old, new in parts.items():
+            name = name.replace(old, new)
+        renamed[name[1:]] = value
+    return renamed
+
+
+def without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The same weights, this prefix taken off the names that have it."""
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def without_projection_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's weights of an MSNEncoder: all but the projection head's."""
+    return {name: value for name, value in state.items() if not name.startswith("fc.")}
+
+
 def to_original(state: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
-    """An encoder's state dict as in the original release (vits16_800ep.pth.tar): patch_embed d (c p p) -> d c p p."""
-    p = math.isqrt(state["patch_embed.weight"].shape[1] // channels)
-    state = {name.replace("patch_embed.", "patch_embed.proj."): value for name, value in state.items()}
-    return {**state, "patch_embed.proj.weight": state["patch_embed.proj.weight"].unflatten(1, (channels, p, p))}
-
-def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of to_original; a leading `module.` is taken off."""
-    state = {name.removeprefix("module.").replace("patch_embed.proj.", "patch_embed."): v for name, v in state.items()}
-    return {name: value.flatten(1) if name == "patch_embed.weight" else value for name, value in state.items()}
-
-# In classifiers "vit." precedes all names but `classifier`, in files of version 5 only some: it is always taken off.
-QKV = ("query", "key", "value")  # three tensors there, one of ours
-TRANSFORMERS_NAMES = (  # parts of names: original; in files, and in memory up to version 4; in memory since version 5
-    (".cls_token", ".embeddings.cls_token"), (".mask_token", ".embeddings.mask_token"),
-    (".pos_embed", ".embeddings.position_embeddings"), (".norm.", ".layernorm."),
-    (".patch_embed.proj.", ".embeddings.patch_embeddings.projection."), (".blocks.", ".encoder.layer.", ".layers."),
-    (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."),
-    *((f".attn.{x}.", f".attention.attention.{x}.", f".attention.{x[0]}_proj.") for x in QKV),
-    (".attn.proj.", ".attention.output.dense.", ".attention.o_proj."),
-    (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."))
-WEIGHT_FILES = ("checkpoint.pt", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                "pytorch_model.bin.index.json")
-
-def rename(state: dict[str, Tensor], parts: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """The state dict with each of these parts of names replaced, in this order; a dot precedes every name."""
-    for old, new in parts:
-        state = {f".{name}".replace(old, new)[1:]: value for name, value in state.items()}
+    """Our names -> those of the original release (vits16_800ep.pth.tar)."""
+    state = {
+        name.replace("patch_embed.", "patch_embed.proj."): value for name, value in state.items()
+    }
+    weight = state["patch_embed.proj.weight"]
+    p = math.isqrt(weight.shape[1] // channels)
+    state["patch_embed.proj.weight"] = weight.unflatten(1, (channels, p, p))
     return state
 
+
+def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of the original release -> ours. "module." before a name is taken off."""
+    ours = {}
+    for name, value in without_prefix(state, "module.").items():
+        name = name.replace("patch_embed.proj.", "patch_embed.")
+        ours[name] = value.flatten(1) if name == "patch_embed.weight" else value
+    return ours
+
+
 def to_transformers(state: dict[str, Tensor], channels: int) -> dict[str, Tensor]:
-    """Our state dict under the names of transformers' files; a classifier's backbone under `vit.`."""
-    prefix, split = "vit." if "vit.cls_token" in state else "", {}
-    state = {name.removeprefix("vit."): value for name, value in state.items() if not name.startswith("fc.")}
+    """Our names, of a backbone or a classifier -> those of transformers' files."""
+    is_classifier = "vit.cls_token" in state
+    state = without_prefix(without_projection_head(state), "vit.")
+
+    split = {}
     for name, value in to_original(state, channels).items():
-        parts = QKV if ".qkv." in name else ("",)
-        for part, tensor in zip(parts, value.chunk(len(parts)), strict=True):
-            split[name.replace("qkv", part)] = tensor.contiguous()
-    renamed = rename(split, [(ours, theirs) for ours, theirs, *_ in TRANSFORMERS_NAMES])
-    return {name if name.startswith("classifier.") else prefix + name: value for name, value in renamed.items()}
+        if ".qkv." in name:
+            for part, third in zip(QKV, value.chunk(3), strict=True):
+                split[name.replace("qkv", part)] = third.contiguous()
+        else:
+            split[name] = value.contiguous()
+
+    renamed = {}
+    for name, value in rename(split, FILE_NAMES).items():
+        if is_classifier and not name.startswith("classifier."):
+            name = f"vit.{name}"
+        renamed[name] = value
+    return renamed
+
 
 def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any of the five layouts of transformers -> our names. Names that are not in the table stay as they are."""
-    state = {name.removeprefix("vit."): value for name, value in state.items()}
-    state = rename(state, [(theirs, ours) for ours, *others in TRANSFORMERS_NAMES for theirs in others])
-    for query in [name for name in state if ".attn.query." in name]:
-        names = [query.replace("query", part) for part in QKV]
-        if all(name in state for name in names):
-            state[query.replace("query", "qkv")] = torch.cat([state.pop(name) for name in names])
+    """Names of any layout of transformers -> ours. Names that no table has stay as they are."""
+    state = without_prefix(state, "vit.")
+    for names in (FILE_NAMES, MEMORY_5_NAMES):
+        state = rename(state, {theirs: original for original, theirs in names.items()})
+
+    for query_name in [name for name in state if ".attn.query." in name]:
+        parts = [query_name.replace("query", part) for part in QKV]
+        if all(part in state for part in parts):
+            fused = torch.cat([state.pop(part) for part in parts])
+            state[query_name.replace("query", "qkv")] = fused
     return from_original(state)
 
-def infer_config(state: dict[str, Tensor], values: dict) -> ViTMSNConfig:
-    """The architecture from the shapes of an original file, whose heads are 64 wide unless `values` says otherwise."""
-    width, channels, p, _ = state["patch_embed.proj.weight"].shape
-    sizes = {"hidden_size": width, "num_attention_heads": max(width // 64, 1), "num_channels": channels,
-             "num_hidden_layers": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-             "intermediate_size": len(state["blocks.0.mlp.fc1.weight"]), "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-             "image_size": p * math.isqrt(state["pos_embed"].shape[1] - 1), "patch_size": p}
-    return ViTMSNConfig.from_dict({**sizes, **values})
+
+# ---- Reading weights -----------------------------------------------------------------------------
+
+WEIGHT_FILES = (  # the first of these that a folder holds is read
+    "checkpoint.pt",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
 
 def read_tensors(path: Path) -> dict:
-    """The content of a .safetensors file, of a torch file by weights_only=True (nothing in it is ever executed), or of
-    all files that an .index.json names. Raises ValueError, naming the file, for what is damaged or not plain values."""
+    """The content of a file of weights. Nothing in it is ever executed.
+
+    A .safetensors file, a torch file (read by weights_only=True), or an .index.json: then of all
+    files that it names. Raises ValueError that names the file if it is damaged or holds more than
+    plain values, FileNotFoundError, PermissionError, and ImportError without safetensors.
+    """
     try:
         if path.name.endswith(".index.json"):
-            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-            if outside := [name for name in shards if Path(name).name != name or name.endswith(".json")]:
-                raise ValueError(f"it names {outside[0]!r}, but only weight files beside the index are read")
-            return {name: value for shard in shards for name, value in read_tensors(path.parent / shard).items()}
+            return read_shards(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
+
             return load_file(path)
-        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):  # torch.load checks no checksums
-            raise ValueError(f"its record {bad} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
-        return content
+        return read_torch_file(path)
     except (FileNotFoundError, PermissionError):
         raise
     except ImportError:
-        raise ImportError(f"{path} needs a package: pip install safetensors, or use pytorch_model.bin.") from None
+        raise ImportError(
+            f"{path} needs a package: pip install safetensors, or use pytorch_model.bin."
+        ) from None
     except Exception as error:  # parsers of damaged files raise every kind there is
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        reason = "torch refuses to unpickle it" if reason.startswith("Weights only") else reason
-        raise ValueError(f"{path} can't be read: {reason}. It may be damaged or hold more than plain data.") from error
+        if reason.startswith("Weights only"):
+            reason = "torch refuses to unpickle it"
+        raise ValueError(
+            f"{path} can't be read: {reason}. It may be damaged or hold more than plain data."
+        ) from error
+
+
+def read_shards(index: Path) -> dict:
+    """The weights of all files that an .index.json names; they must lie beside it."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    weights = {}
+    shards = sorted(set(content["weight_map"].values()))
+    for shard in shards:
+        if Path(shard).name != shard or shard.endswith(".json"):
+            raise ValueError(f"it names {shard!r}, but only weight files beside the index are read")
+    for shard in shards:
+        weights |= read_tensors(index.parent / shard)
+    return weights
+
+
+def read_torch_file(path: Path) -> dict:
+    """The dict in a file of torch.save. Raises whatever torch raises, or ValueError."""
+    if zipfile.is_zipfile(path):  # torch.load does not look at checksums
+        damaged = zipfile.ZipFile(path).testzip()
+        if damaged:
+            raise ValueError(f"its record {damaged} is damaged")
+
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
 
 def local_folder(name_or_path: str | os.PathLike) -> Path:
-    """The folder itself, or where huggingface_hub puts the model of that name."""
+    """The folder itself, or the one into which huggingface_hub puts the model of that name."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
-        raise FileNotFoundError(f"{name_or_path} is neither a file nor a folder.")
+
+    name = str(name_or_path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"{name} is neither a file nor a folder.")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ImportError(f"{name_or_path} is no folder here. A model of the hub: pip install huggingface_hub, or put "
-                          "its config.json and model.safetensors (or pytorch_model.bin) there.") from None
-    return Path(snapshot_download(str(name_or_path), allow_patterns=["config.json", *WEIGHT_FILES, "*.safetensors"]))
+        raise ImportError(
+            f"{name} is no folder here. A model of the hub: pip install huggingface_hub, or put "
+            "its config.json and model.safetensors (or pytorch_model.bin) there."
+        ) from None
+    wanted = ["config.json", *WEIGHT_FILES, "*.safetensors"]
+    return Path(snapshot_download(name, allow_patterns=wanted))
 
-def read_pretrained(name_or_path: str | os.PathLike, config: ViTMSNConfig | None) -> tuple[ViTMSNConfig, dict]:
-    """Configuration and weights, under our names, of whatever from_pretrained takes."""
+
+def weight_file_of(name_or_path: str | os.PathLike) -> Path:
+    """The file itself, or the file of weights in a folder or in a model of the hub."""
     path = Path(name_or_path)
-    if not path.is_file():
-        folder = local_folder(name_or_path)
-        path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}.")
+    if path.is_file():
+        return path
+
+    folder = local_folder(name_or_path)
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}.")
+
+
+def read_pretrained(
+    name_or_path: str | os.PathLike, config: ViTMSNConfig | None
+) -> tuple[ViTMSNConfig, dict]:
+    """Config and weights, under our names, of whatever `model_from_pretrained` takes.
+
+    The file's own config is not read if one is passed in.
+    """
+    path = weight_file_of(name_or_path)
     content = read_tensors(path)
     try:
-        if not isinstance(content.get("target_encoder"), dict):
-            config = config or ViTMSNConfig.from_pretrained(path.parent)
-            return config, from_transformers({str(name): value for name, value in content.items()})
-        values = {**content["target_encoder"], "prototypes": content.get("prototypes")}
-        state = {str(name).removeprefix("module."): x for name, x in values.items() if isinstance(x, Tensor)}
-        config = config or infer_config(state, content.get("model_config", {}))
-        return config, from_original(state)
-    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:  # not there, or no tensors
+        if isinstance(content.get("target_encoder"), dict):
+            return from_pretraining_checkpoint(content, config)
+        config = config or ViTMSNConfig.from_pretrained(path.parent)
+        weights = {str(name): value for name, value in content.items()}
+        return config, from_transformers(weights)
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        # Something is not there, or is no tensor, or has another shape.
         raise ValueError(f"{path} holds no ViT that fits: {error}") from error
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, ignore_mismatched_sizes: bool = False,
-                 may_be_new: str = r"mask_token|classifier\.") -> list[str]:
-    """Copy weights (our names, no `vit.`) into the model; what is new is announced and returned.
-    Raises ValueError naming what is missing, wrongly shaped or not finite; warns of what the model has no use for."""
-    own = {name.removeprefix("vit."): value for name, value in model.state_dict().items()}
-    found = {name: value for name, value in weights.items() if name in own}
-    wrong = {name: f"{name} {tuple(getattr(value, 'shape', ()))} instead of {tuple(own[name].shape)}"
-             for name, value in found.items() if getattr(value, "shape", None) != own[name].shape}
-    new = [name for name in own if name not in found or name in wrong]
-    optional = r"fc\.|prototypes|classifier\.|mask_token"
-    unused = [name for name in weights if name not in own and not re.match(optional, name)]
-    problems = {"missing": [name for name in new if name not in wrong and not re.match(may_be_new, name)],
-                "not finite": [name for name in found if name not in wrong and not torch.isfinite(found[name]).all()],
-                "wrongly shaped": [] if ignore_mismatched_sizes else list(wrong.values())}
-    advice = {"wrongly shaped": " Use the matching config, or ignore_mismatched_sizes=True to draw them anew."}
-    for problem, names in problems.items():
-        if names:
-            shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-            raise ValueError(f"{source}: {len(names)} weights are {problem}: {shown}.{advice.get(problem, '')}")
-    for problem, names in (("new, drawn at random", new), ("not used", unused)):
-        if names:
-            warnings.warn(f"{source}: {problem}: {', '.join(names)}", stacklevel=3)
-    for name in found.keys() - wrong.keys():
-        own[name].copy_(found[name].detach())
+
+def from_pretraining_checkpoint(
+    content: dict, config: ViTMSNConfig | None
+) -> tuple[ViTMSNConfig, dict]:
+    """Config and weights, of target encoder and prototypes, in an official file or one of ours."""
+    parts = {**content["target_encoder"], "prototypes": content.get("prototypes")}
+    weights = {}
+    for name, value in parts.items():
+        if isinstance(value, Tensor):
+            weights[str(name).removeprefix("module.")] = value
+    config = config or infer_config(weights, content.get("model_config", {}))
+    return config, from_original(weights)
+
+
+def infer_config(state: dict[str, Tensor], values: dict) -> ViTMSNConfig:
+    """The config of weights under original names, by their shapes. `values` go before it.
+
+    No shape tells the number of heads; those of the released models are all 64 wide.
+    """
+    width, channels, p, _ = state["patch_embed.proj.weight"].shape
+    layers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    shapes = {
+        "hidden_size": width,
+        "num_attention_heads": max(width // 64, 1),
+        "num_channels": channels,
+        "num_hidden_layers": len(layers),
+        "intermediate_size": len(state["blocks.0.mlp.fc1.weight"]),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "image_size": p * math.isqrt(state["pos_embed"].shape[1] - 1),
+        "patch_size": p,
+    }
+    return ViTMSNConfig.from_dict({**shapes, **values})
+
+
+# ---- Loading weights into models, and saving them ------------------------------------------------
+
+
+def backbone_of(model: nn.Module) -> ViTMSNModel:
+    """The backbone in a classifier, or the backbone itself."""
+    return getattr(model, "vit", model)
+
+
+def model_from_pretrained(
+    cls: type[nn.Module],
+    name_or_path: str | os.PathLike,
+    *,
+    config: ViTMSNConfig | None = None,
+    attn_implementation: str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    num_labels: int | None = None,
+    ignore_mismatched_sizes: bool = False,
+    **model_options,
+) -> nn.Module:
+    """A ViTMSNModel or ViTMSNForImageClassification with stored weights, in eval mode.
+
+    name_or_path: a folder of transformers, a name on the hub, or a pretraining checkpoint, an
+    official .pth.tar or one of ours, of which the target encoder is taken.
+    config: only needed for an official file whose heads are not 64 wide.
+    torch_dtype, or dtype: of the weights; None or "auto" means as stored.
+    num_labels: another number of classes, with ignore_mismatched_sizes=True to draw a new head.
+    model_options: further arguments of `cls`.
+    Raises FileNotFoundError, or ValueError that names weights that are missing or do not fit.
+    """
+    config, weights = read_pretrained(name_or_path, config)
+    changes = {}
+    if attn_implementation is not None:
+        changes["attn_implementation"] = attn_implementation
+    if num_labels not in (None, config.num_labels):
+        changes.update(num_labels=num_labels, id2label=None, label2id=None)
+
+    model = cls(replace(copy.deepcopy(config), **changes), **model_options)
+    load_weights(model, weights, str(name_or_path), ignore_mismatched_sizes)
+
+    dtype = torch_dtype or dtype or "auto"
+    if dtype == "auto":
+        dtype = weights["cls_token"].dtype
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return model.to(dtype).eval()
+
+
+def load_into_pretraining(
+    model: ViTMSNForPreTraining, name_or_path: str | os.PathLike
+) -> list[str]:
+    """Start both encoders of a pretraining model from stored weights. -> names that stay new.
+
+    Takes what `model_from_pretrained` takes: a backbone alone, or with projection head and
+    prototypes, which are used if they have this model's shapes. Positions are resampled.
+    """
+    _, weights = read_pretrained(name_or_path, model.config)
+    prototypes = weights.pop("prototypes", None)
+    weights = resample_positions(weights, model.config)
+    own = model.anchor_encoder.state_dict()
+    for name in own.keys() & weights.keys():
+        if name.startswith("fc.") and weights[name].shape != own[name].shape:
+            weights = without_projection_head(weights)
+            break
+
+    new = load_weights(model.anchor_encoder, weights, str(name_or_path), may_be_new=r"fc\.")
+    model.target_encoder.load_state_dict(model.anchor_encoder.state_dict())
+
+    # Prototypes mean nothing to another projection head.
+    if prototypes is None or prototypes.shape != model.prototypes.shape or new:
+        return [*new, "prototypes"]
+    if not torch.isfinite(prototypes).all():
+        raise ValueError(f"{name_or_path}: the prototypes are not finite.")
+    model.prototypes.data.copy_(prototypes)
     return new
 
+
+def resample_positions(weights: dict[str, Tensor], config: ViTMSNConfig) -> dict[str, Tensor]:
+    """The weights with positions for config's grid of patches, if they were made for another."""
+    with suppress(KeyError, IndexError, ValueError, ArithmeticError, RuntimeError):
+        positions = weights["pos_embed"]
+        if positions.shape[1] != 1 + config.grid_size**2:
+            grid = (config.grid_size, config.grid_size)
+            return {**weights, "pos_embed": interpolate_positions(positions, grid)}
+    return weights  # also if there are no positions, or none of a square: load_weights says so
+
+
+def load_weights(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    source: str,
+    ignore_mismatched_sizes: bool = False,
+    may_be_new: str = r"mask_token|classifier\.",
+) -> list[str]:
+    """Copy weights (our names, without "vit.") into the model. -> names that stay new.
+
+    Warns of what stays new, and of weights that the model has no use for. Raises ValueError that
+    begins with `source` and names weights that are not finite, or missing and not `may_be_new` (a
+    regular expression), or wrongly shaped; ignore_mismatched_sizes lets these stay new.
+    """
+    own = without_prefix(model.state_dict(), "vit.")
+    found = [name for name in weights if name in own]
+    mismatched = [name for name in found if shape_of(weights[name]) != own[name].shape]
+    fitting = [name for name in found if name not in mismatched]
+    new = [name for name in own if name not in fitting]
+
+    missing = []
+    for name in new:
+        if name not in mismatched and not re.match(may_be_new, name):
+            missing.append(name)
+    refuse_weights(source, "missing", missing)
+
+    not_finite = [name for name in fitting if not torch.isfinite(weights[name]).all()]
+    refuse_weights(source, "not finite", not_finite)
+
+    if not ignore_mismatched_sizes:
+        shapes = []
+        for name in mismatched:
+            stored = tuple(shape_of(weights[name]) or ())
+            shapes.append(f"{name} {stored} instead of {tuple(own[name].shape)}")
+        advice = " Use the matching config, or ignore_mismatched_sizes=True to draw them anew."
+        refuse_weights(source, "wrongly shaped", shapes, advice)
+
+    useless = []
+    for name in weights:
+        if name not in own and not re.match(r"fc\.|prototypes|classifier\.|mask_token", name):
+            useless.append(name)
+    caller = 4  # whoever called from_pretrained or load_pretrained
+    if new:
+        message = f"{source}: new, drawn at random: {', '.join(new)}"
+        warnings.warn(message, stacklevel=caller)
+    if useless:
+        warnings.warn(f"{source}: not used: {', '.join(useless)}", stacklevel=caller)
+
+    for name in fitting:
+        own[name].copy_(weights[name].detach())
+    return new
+
+
+def shape_of(value) -> torch.Size | None:
+    """The shape of a tensor; None of anything else that a file may hold."""
+    return getattr(value, "shape", None)
+
+
+def refuse_weights(source: str, problem: str, names: list[str], advice: str = "") -> None:
+    """Raise ValueError that shows the first eight of these weights, if there are any."""
+    if names:
+        shown = ", ".join(names[:8])
+        if len(names) > 8:
+            shown += " ..."
+        raise ValueError(f"{source}: {len(names)} weights are {problem}: {shown}.{advice}")
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write config.json, and model.safetensors or, without that package, pytorch_model.bin."""
+    weights = to_transformers(model.state_dict(), model.config.num_channels)
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        write_file(folder / "pytorch_model.bin", partial(torch.save, weights))
+    else:
+        write_file(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+
+    dtype = next(model.parameters()).dtype
+    values = {
+        **model.config.to_dict(),
+        "architectures": [type(model).__name__],
+        "torch_dtype": str(dtype).removeprefix("torch."),  # the key that every version reads
+    }
+    values.pop("dtype", None)  # the same under its newer key, from a config.json that was read
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    write_file(folder / "config.json", text.encode())
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
 def write_file(path: Path, content: bytes | Callable) -> None:
-    """Write bytes, or what content(file) writes, whole or not at all: then the old file stays. Its folder is made."""
+    """Write bytes, or what content(file) writes, whole or not at all; make the folder if needed.
+
+    If anything fails, a file of that name that was there before stays as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content) if isinstance(content, bytes) else content(file)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
-# ---- Preprocessing ---------------------------------------------------------------------------------------------------
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# ---- Preprocessing -------------------------------------------------------------------------------
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue, in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
-    """Any picture upright, in 8-bit RGB (channels=1: grey). 16-bit grey is scaled, not clipped; alpha is dropped."""
+    """Any picture upright, as 8-bit RGB, or as 8-bit grey if channels is 1; alpha is dropped."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # whole numbers up to 65535
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16-bit grey: scaled to 8 bits, where Pillow would clip
+        grey = np.asarray(image).clip(0, 65535) // 257
+        image = Image.fromarray(grey.astype(np.uint8))
     return image.convert("RGB" if channels == 3 else "L")
 
+
 def normalize(pixels: Tensor) -> Tensor:
-    """[0, 1] -> ImageNet's mean 0 and standard deviation 1 per channel. pixels: ... c height width."""
-    mean, std = pixels.new_tensor(IMAGENET_MEAN), pixels.new_tensor(IMAGENET_STD)
-    if pixels.shape[-3] != 3:  # a grey image gets the mean of the three
-        mean, std = mean.mean(), std.mean()
+    """From [0, 1] to mean 0 and standard deviation 1 on ImageNet. pixels: ... c height width."""
+    mean = pixels.new_tensor(IMAGENET_MEAN)
+    std = pixels.new_tensor(IMAGENET_STD)
+    if pixels.shape[-3] != 3:  # grey: the mean of the three
+        mean = mean.mean()
+        std = std.mean()
+    # (pixels - mean) / std, in one pass over the pixels
     return torch.addcmul((-mean / std).reshape(-1, 1, 1), pixels, (1 / std).reshape(-1, 1, 1))
 
+
 def preprocess(images, config: ViTMSNConfig, protocol: str = "squash") -> Tensor:
-    """PIL images (one or a list) -> b c image_size image_size: bilinear, ImageNet mean and deviation. "squash" (the
-    published processor) ignores the aspect ratio; "center-crop" (the paper's evaluation) cuts the middle 224/256."""
-    images, size = [images] if isinstance(images, Image.Image) else list(images), config.image_size
+    """PIL images, one or a list, to pixel values. -> b c image_size image_size.
+
+    "squash" resizes both sides to image_size, whatever the picture's proportions.
+    "center-crop" resizes the shorter side to 256/224 of it and cuts out the middle.
+    Both are bilinear and normalise by ImageNet's statistics. Raises ValueError for any other
+    protocol, or without images.
+    Departure: the paper evaluates by "center-crop"; the default is that of transformers.
+    """
+    images = [images] if isinstance(images, Image.Image) else list(images)
     if protocol not in ("squash", "center-crop") or not images:
-        raise ValueError(f"{len(images)} images, protocol={protocol!r}: pass at least one, 'squash' or 'center-crop'.")
-    rows = []
+        raise ValueError(
+            f"{len(images)} images, protocol={protocol!r}: pass at least one, 'squash' or "
+            "'center-crop'."
+        )
+
+    size = config.image_size
+    batch = []
     for image in images:
         image = to_rgb(image, config.num_channels)
-        scale = size * 256 / 224 / min(image.size)
-        width, height = (size if protocol == "squash" else max(size, round(side * scale)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-        rows.append(torch.from_numpy(np.array(image)).reshape(size, size, -1).permute(2, 0, 1))
-    return normalize(torch.stack(rows).float() / 255)
+        if protocol == "squash":
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        else:
+            image = center_crop(image, size)
+        pixels = torch.from_numpy(np.array(image)).reshape(size, size, -1)
+        batch.append(pixels.permute(2, 0, 1))
+    return normalize(torch.stack(batch).float() / 255)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle size x size pixels of the image, its shorter side resized to size * 256 / 224."""
+    scale = size * 256 / 224 / min(image.size)
+    width = max(size, round(image.width * scale))
+    height = max(size, round(image.height * scale))
+    left = (width - size) // 2
+    top = (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + size, top + size))

@@ -1,11 +1,18 @@
-"""The backbone and the classifier as users meet them: configuration, inputs, outputs, torch's own tools."""
+"""Backbone and classifier as users meet them: configuration, inputs, outputs, torch's tools."""
 
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import randn, randomized, tiny_config
+from common import (
+    randn,
+    randomized,
+    tiny_backbone,
+    tiny_classifier,
+    tiny_config,
+    tiny_pretraining,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -17,14 +24,6 @@ from vitmsn import (
     ViTMSNForPreTraining,
     ViTMSNModel,
 )
-
-
-def backbone(**changes) -> ViTMSNModel:
-    return randomized(ViTMSNModel(tiny_config(**changes)))
-
-
-def classifier(**changes) -> ViTMSNForImageClassification:
-    return randomized(ViTMSNForImageClassification(tiny_config(**changes)))
 
 
 # -- configuration ---------------------------------------------------------------------------------
@@ -57,11 +56,13 @@ def classifier(**changes) -> ViTMSNForImageClassification:
     ],
 )
 def test_values_no_model_can_have_are_refused_with_what_to_do(values, says):
+    """A config that no model can have is refused by a message that names the field."""
     with pytest.raises(ValueError, match=says.replace("[", r"\[")):
         ViTMSNConfig(**values)
 
 
 def test_the_defaults_are_those_of_transformers():
+    """A config without arguments is the one of transformers."""
     expected = {
         "hidden_size": 768,
         "num_hidden_layers": 12,
@@ -82,17 +83,17 @@ def test_the_defaults_are_those_of_transformers():
 
 
 def test_presets_are_the_published_shapes():
-    shapes = {
-        name: (
-            c.hidden_size,
-            c.num_hidden_layers,
-            c.num_attention_heads,
-            c.patch_size,
-            c.intermediate_size,
+    """The presets are the six models of the paper, and any field can be changed."""
+    shapes = {}
+    for name in PRESETS:
+        config = ViTMSNConfig.preset(name)
+        shapes[name] = (
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.patch_size,
+            config.intermediate_size,
         )
-        for name in PRESETS
-        for c in [ViTMSNConfig.preset(name)]
-    }
     assert shapes == {
         "small-16": (384, 12, 6, 16, 1536),
         "base-16": (768, 12, 12, 16, 3072),
@@ -120,6 +121,7 @@ unknown = st.dictionaries(words.map("x_".__add__), json_values, max_size=4)
     problem=st.sampled_from([None, "regression", "multi_label_classification"]),
 )
 def test_a_config_survives_config_json_with_keys_it_does_not_know(labels, extra, bias, problem):
+    """Writing and reading config.json gives an equal config, unknown keys included."""
     config = tiny_config(
         num_labels=None,
         id2label=dict(enumerate(labels)),
@@ -129,10 +131,10 @@ def test_a_config_survives_config_json_with_keys_it_does_not_know(labels, extra,
     )
     written = json.loads(json.dumps(config.to_dict()))
     assert ViTMSNConfig.from_dict(written) == config
-    assert written["model_type"] == "vit_msn" and {key: written[key] for key in extra} == extra
-    assert config.num_labels == len(labels) and config.label2id == {
-        name: i for i, name in enumerate(labels)
-    }
+    assert written["model_type"] == "vit_msn"
+    assert {key: written[key] for key in extra} == extra
+    assert config.num_labels == len(labels)
+    assert config.label2id == {name: i for i, name in enumerate(labels)}
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,7 @@ def test_a_config_survives_config_json_with_keys_it_does_not_know(labels, extra,
     ],
 )
 def test_a_config_of_something_else_is_refused(content, says, tmp_path):
+    """A config.json of another model, or of none, is refused in words."""
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=says):
         ViTMSNConfig.from_pretrained(tmp_path)
@@ -164,74 +167,79 @@ def test_a_config_of_something_else_is_refused(content, says, tmp_path):
     ],
 )
 def test_pixels_of_a_wrong_size_channels_or_kind_are_refused_with_what_to_pass(pixels, says):
-    for model in (backbone(), classifier()):
+    """Wrong images are refused by a message that says what to pass."""
+    for model in (tiny_backbone(), tiny_classifier()):
         with pytest.raises(ValueError, match=says):
             model(pixels)
 
 
 def test_images_smaller_than_a_patch_are_refused():
+    """An image has to hold at least one patch."""
     with pytest.raises(ValueError, match="one patch"):
-        backbone()(torch.zeros(1, 3, 7, 40), interpolate_pos_encoding=True)
+        tiny_backbone()(torch.zeros(1, 3, 7, 40), interpolate_pos_encoding=True)
 
 
 @given(height=st.integers(8, 70), width=st.integers(8, 70))
 def test_any_image_of_at_least_one_patch_can_be_interpolated_to(height, width):
-    out = backbone()(randn(1, 3, height, width), interpolate_pos_encoding=True).last_hidden_state
+    """With resampled positions any height and width of a patch or more works."""
+    out = tiny_backbone()(
+        randn(1, 3, height, width), interpolate_pos_encoding=True
+    ).last_hidden_state
     assert out.shape == (1, 1 + height // 8 * (width // 8), 24)
 
 
 def test_as_many_patches_in_another_shape_are_resampled():
-    model, image = backbone(), randn(1, 3, 64, 16)  # 16 patches, as in 32 x 32
-    resampled = model.embed(image, interpolate_pos_encoding=True)
-    model.pos_embed.data[:, 1:] = model.pos_embed[:, 1:].flip(1)
-    assert not resampled.allclose(model.embed(image, interpolate_pos_encoding=True))
-    columns = (
-        F.interpolate(
-            backbone().pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2),
-            (8, 2),
-            mode="bicubic",
-        )
-        .flatten(2)
-        .transpose(1, 2)
-    )
-    without = backbone()
-    without.pos_embed.data.zero_()
-    assert_close(
-        resampled[:, 1:], without.embed(image, interpolate_pos_encoding=True)[:, 1:] + columns
-    )
+    """An image that is not square gets resampled positions even if the count fits."""
+    model = tiny_backbone()
+    image = randn(1, 3, 64, 16)  # 16 patches, as in 32 x 32
+    tokens = model.embed(image, interpolate_pos_encoding=True)
+
+    square = model.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
+    positions = F.interpolate(square, (8, 2), mode="bicubic").flatten(2).transpose(1, 2)
+    model.pos_embed.data = torch.zeros_like(model.pos_embed)
+    without_positions = model.embed(image, interpolate_pos_encoding=True)
+    assert_close(tokens[:, 1:], without_positions[:, 1:] + positions)
 
 
 def test_an_image_size_that_is_no_multiple_of_the_patch_drops_the_rest():
-    model, images = backbone(image_size=35), randn(2, 3, 35, 35)
-    padded = images.clone()
-    padded[..., 32:, :] = 100
-    padded[..., :, 32:] = 100
-    assert model(images).last_hidden_state.equal(model(padded).last_hidden_state)
+    """Pixels that fill no patch do not reach the output."""
+    model = tiny_backbone(image_size=35)
+    images = randn(2, 3, 35, 35)
+    changed = images.clone()
+    changed[..., 32:, :] = 100
+    changed[..., :, 32:] = 100
+    assert model(images).last_hidden_state.equal(model(changed).last_hidden_state)
 
 
 def test_pixels_are_cast_to_the_weights_dtype():
+    """The dtype of the weights decides, not that of the pixels."""
     images = randn(2, 3, 32, 32)
-    assert_close(
-        backbone()(images.double()).last_hidden_state, backbone()(images).last_hidden_state
-    )
-    assert backbone().double()(images).last_hidden_state.dtype == torch.float64
+    model = tiny_backbone()
+    assert_close(model(images.double()).last_hidden_state, model(images).last_hidden_state)
+    assert model.double()(images).last_hidden_state.dtype == torch.float64
 
 
 def test_masked_patches_are_replaced_by_the_mask_token():
-    model, images = randomized(ViTMSNModel(tiny_config(), use_mask_token=True)), randn(2, 3, 32, 32)
+    """The mask token and the patch's position stand where bool_masked_pos is True."""
+    model = randomized(ViTMSNModel(tiny_config(), use_mask_token=True))
+    images = randn(2, 3, 32, 32)
     masked = torch.zeros(2, 16, dtype=torch.bool)
-    masked[0, 3] = masked[1, 5] = True
-    tokens, plain = model.embed(images, masked), model.embed(images)
+    masked[0, 3] = True
+    masked[1, 5] = True
+
+    tokens = model.embed(images, masked)
+    plain = model.embed(images)
     changed = torch.cat([torch.zeros(2, 1, dtype=torch.bool), masked], dim=1)
     assert tokens[~changed].equal(plain[~changed])
     assert_close(tokens[0, 4], (model.mask_token + model.pos_embed[:, 4:5])[0, 0])
-    assert model(images, masked.int()).last_hidden_state.equal(
-        model(images, masked).last_hidden_state
-    )
-    keep = torch.tensor([[3, 7], [3, 7]])
-    assert_close(model.embed(images, masked, keep), tokens[:, [0, 4, 8]])
+
+    by_numbers = model(images, masked.int()).last_hidden_state
+    assert by_numbers.equal(model(images, masked).last_hidden_state)
+
+    patches_to_keep = torch.tensor([[3, 7], [3, 7]])
+    assert_close(model.embed(images, masked, patches_to_keep), tokens[:, [0, 4, 8]])
     with pytest.raises(ValueError, match="use_mask_token=True"):
-        backbone()(images, masked)
+        tiny_backbone()(images, masked)
 
 
 # -- outputs ---------------------------------------------------------------------------------------
@@ -240,42 +248,51 @@ def test_masked_patches_are_replaced_by_the_mask_token():
 @given(
     layers=st.integers(1, 4),
     implementation=st.sampled_from(["sdpa", "eager"]),
-    kept=st.integers(1, 16),
+    r=st.integers(1, 16),
 )
-def test_the_outputs_asked_for_are_complete_and_consistent(layers, implementation, kept):
-    model, images = (
-        backbone(num_hidden_layers=layers, attn_implementation=implementation),
-        randn(2, 3, 32, 32),
+def test_the_outputs_asked_for_are_complete_and_consistent(layers, implementation, r):
+    """Hidden states and attentions of every layer fit the last state and each other."""
+    model = tiny_backbone(num_hidden_layers=layers, attn_implementation=implementation)
+    images = randn(2, 3, 32, 32)
+    patches_to_keep = torch.arange(r).expand(2, -1)
+    out = model(
+        images, patches_to_keep=patches_to_keep, output_hidden_states=True, output_attentions=True
     )
-    keep = torch.arange(kept).expand(2, -1)
-    out = model(images, patches_to_keep=keep, output_hidden_states=True, output_attentions=True)
-    plain = model(images, patches_to_keep=keep)
-    assert plain.hidden_states is None and plain.attentions is None
+
+    plain = model(images, patches_to_keep=patches_to_keep)
+    assert plain.hidden_states is None
+    assert plain.attentions is None
     assert_close(plain.last_hidden_state, out.last_hidden_state)
-    assert len(out.hidden_states) == layers + 1 and len(out.attentions) == layers
-    assert out.hidden_states[0].equal(model.embed(images, patches_to_keep=keep))
+
+    assert len(out.hidden_states) == layers + 1
+    assert out.hidden_states[0].equal(model.embed(images, patches_to_keep=patches_to_keep))
     assert model.norm(out.hidden_states[-1]).equal(out.last_hidden_state)
-    assert_close(model.representation(images, keep), out.hidden_states[-1][:, 0])
+    assert_close(model.representation(images, patches_to_keep), out.hidden_states[-1][:, 0])
+
+    assert len(out.attentions) == layers
     for attention in out.attentions:
-        assert attention.shape == (2, 3, 1 + kept, 1 + kept)
-        assert_close(attention.sum(dim=-1), torch.ones(2, 3, 1 + kept))
+        assert attention.shape == (2, 3, 1 + r, 1 + r)
+        assert_close(attention.sum(dim=-1), torch.ones(2, 3, 1 + r))
 
 
 @given(seed=st.integers(0, 2**31), size=st.sampled_from([16, 32, 48]))
 def test_logits_are_the_same_with_and_without_hidden_states(seed, size):
-    model, images = classifier(), randn(3, 3, size, size, seed=seed)
+    """The shorter way through the last layer gives the same logits."""
+    model = tiny_classifier()
+    images = randn(3, 3, size, size, seed=seed)
     out = model(images, interpolate_pos_encoding=True, output_hidden_states=True)
-    assert_close(
-        model(images, interpolate_pos_encoding=True).logits, out.logits, rtol=1e-4, atol=1e-5
-    )
-    assert_close(out.logits, model.classifier(model.vit.norm(out.hidden_states[-1][:, 0])))
+    shorter = model(images, interpolate_pos_encoding=True)
+    assert_close(shorter.logits, out.logits, rtol=1e-4, atol=1e-5)
+    class_token = model.vit.norm(out.hidden_states[-1][:, 0])
+    assert_close(out.logits, model.classifier(class_token))
 
 
 def test_no_labels_make_the_head_the_identity():
-    model, images = classifier(num_labels=0), randn(2, 3, 32, 32)
-    assert_close(
-        model(images).logits, model.vit(images).last_hidden_state[:, 0], rtol=1e-4, atol=1e-5
-    )
+    """With num_labels=0 the logits are the normalised class token."""
+    model = tiny_classifier(num_labels=0)
+    images = randn(2, 3, 32, 32)
+    class_token = model.vit(images).last_hidden_state[:, 0]
+    assert_close(model(images).logits, class_token, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -289,52 +306,60 @@ def test_no_labels_make_the_head_the_identity():
     ],
 )
 def test_the_kind_of_problem_is_inferred_from_the_labels(num_labels, labels, problem):
-    model, images = classifier(num_labels=num_labels), randn(2, 3, 32, 32)
+    """Labels decide between the three losses, which equal their formulas."""
+    model = tiny_classifier(num_labels=num_labels)
+    images = randn(2, 3, 32, 32)
     out = model(images, labels=labels)
-    expected = {
-        "regression": lambda: ((out.logits.flatten() - labels.flatten()) ** 2).mean(),
-        "single_label_classification": lambda: F.nll_loss(
-            out.logits.log_softmax(-1), labels.flatten()
-        ),
-        "multi_label_classification": lambda: (
-            -torch.where(labels == 1, F.logsigmoid(out.logits), F.logsigmoid(-out.logits)).mean()
-        ),
-    }[problem]()
+    if problem == "regression":
+        expected = ((out.logits.flatten() - labels.flatten()) ** 2).mean()
+    elif problem == "single_label_classification":
+        expected = F.nll_loss(out.logits.log_softmax(-1), labels.flatten())
+    else:
+        signs = 2 * labels - 1
+        expected = -F.logsigmoid(signs * out.logits).mean()
     assert model.config.problem_type == problem
     assert_close(out.loss, expected)
     assert model(images).loss is None
 
 
 def test_a_constructor_leaves_training_mode_on():
-    assert (
-        ViTMSNModel(tiny_config()).training and ViTMSNForImageClassification(tiny_config()).training
-    )
+    """A new model is in training mode, as any module of torch."""
+    assert ViTMSNModel(tiny_config()).training
+    assert ViTMSNForImageClassification(tiny_config()).training
 
 
 # -- training and torch's tools --------------------------------------------------------------------
 
 
+def masked_and_focal_view(b: int) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Two anchor views, the first of which keeps 9 of 16 patches, and their patches_to_keep."""
+    views = [randn(b, 3, 32, 32), randn(b, 3, 16, 16)]
+    return views, [torch.arange(9).expand(b, -1), None]
+
+
 def test_gradient_checkpointing_gives_the_same_gradients_even_with_dropout():
+    """Computing layers again in the backward pass changes no gradient."""
     gradients = []
     for enable in (False, True):
-        model = classifier(
+        model = tiny_classifier(
             hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, drop_path_rate=0.3
         )
         if enable:
             model.gradient_checkpointing_enable()
-        recomputed = []
-        model.vit.blocks[0].mlp.fc1.register_forward_hook(
-            lambda *_, calls=recomputed: calls.append(1)
-        )
+        calls = []
+        for block in model.vit.blocks:
+            block.mlp.fc1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+
         torch.manual_seed(3)
         model(randn(4, 3, 32, 32), labels=torch.arange(4)).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
-        assert len(recomputed) == 1 + enable
+        assert len(calls) == len(model.vit.blocks) * (2 if enable else 1)
     assert_close(*gradients)
 
 
 def test_the_attention_of_every_layer_can_be_switched():
-    model = classifier()
+    """set_attn_implementation reaches the config and all layers, and refuses other names."""
+    model = tiny_classifier()
     model.set_attn_implementation("eager")
     assert model.config.attn_implementation == "eager"
     assert {block.attn.implementation for block in model.vit.blocks} == {"eager"}
@@ -342,10 +367,12 @@ def test_the_attention_of_every_layer_can_be_switched():
         model.set_attn_implementation("flash")
 
 
-@pytest.mark.parametrize("make", [backbone, classifier])
+@pytest.mark.parametrize("make", [tiny_backbone, tiny_classifier])
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(make, compiler):
-    model, images = make().eval(), randn(2, 3, 32, 32)
+    """torch.compile finds no graph break, and the outputs stay the same."""
+    model = make().eval()
+    images = randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     with torch.no_grad():
         assert_close(vars(compiled(pixel_values=images)), vars(model(images)), rtol=1e-4, atol=1e-5)
@@ -353,15 +380,19 @@ def test_compiles_as_one_graph(make, compiler):
 
 @pytest.mark.slow
 def test_the_pretraining_loss_compiles_as_one_graph():
-    model = randomized(ViTMSNForPreTraining(tiny_config(), 20, 16, 12))
-    views, keep = [randn(4, 3, 32, 32), randn(4, 3, 16, 16)], [torch.arange(9).expand(4, -1), None]
+    """The whole of a pretraining forward pass compiles without a graph break."""
+    model = tiny_pretraining()
+    views, patches_to_keep = masked_and_focal_view(4)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert_close(compiled(views[0], views, keep).loss, model(views[0], views, keep).loss)
+    expected = model(views[0], views, patches_to_keep)
+    assert_close(compiled(views[0], views, patches_to_keep).loss, expected.loss)
 
 
-@pytest.mark.parametrize("make", [backbone, classifier])
+@pytest.mark.parametrize("make", [tiny_backbone, tiny_classifier])
 def test_exports_with_pixel_values_named_or_not(make):
-    model, images = make().eval(), randn(2, 3, 32, 32)
+    """torch.export gives the same outputs from positional and from named arguments."""
+    model = make().eval()
+    images = randn(2, 3, 32, 32)
     for positional, named in (((images,), {}), ((), {"pixel_values": images})):
         exported = torch.export.export(model, positional, named).module()
         assert_close(vars(exported(*positional, **named)), vars(model(images)))
@@ -370,36 +401,44 @@ def test_exports_with_pixel_values_named_or_not(make):
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_half_precision_stays_near_float32(dtype, limit, implementation):
-    model, images = classifier(attn_implementation=implementation).eval(), randn(4, 3, 32, 32)
-    logits, half = model(images).logits, model.to(dtype)(images).logits
+    """Models in bfloat16 and float16 give nearly the logits of float32."""
+    model = tiny_classifier(attn_implementation=implementation).eval()
+    images = randn(4, 3, 32, 32)
+    logits = model(images).logits
+    half = model.to(dtype)(images).logits
     assert half.dtype == dtype
     assert (half.float() - logits).abs().max() < limit * logits.abs().max()
 
 
-def test_autocast_trains():
-    model, images = classifier(), randn(4, 3, 32, 32)
+def test_a_classifier_trains_under_autocast():
+    """Under autocast the loss is near float32's and all gradients are finite."""
+    model = tiny_classifier()
+    images = randn(4, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(images, labels=torch.arange(4))
     out.loss.backward()
     assert out.logits.dtype == torch.bfloat16
     assert_close(out.logits.float(), model(images).logits, rtol=0.1, atol=0.1)
-    assert all(
-        p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters()
-    )
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert torch.isfinite(parameter.grad).all(), name
 
 
 def test_pretraining_under_autocast_gives_a_float32_loss_near_the_float32_one():
-    model = randomized(ViTMSNForPreTraining(tiny_config(), 20, 16, 12)).train()
-    views, keep = [randn(8, 3, 32, 32), randn(8, 3, 16, 16)], [torch.arange(9).expand(8, -1), None]
+    """Under autocast the objective is computed in float32."""
+    model = tiny_pretraining()
+    views, patches_to_keep = masked_and_focal_view(8)
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(views[0], views, keep)
+        out = model(views[0], views, patches_to_keep)
     out.loss.backward()
     assert out.loss.dtype == torch.float32
-    assert_close(out.loss, model(views[0], views, keep).loss, rtol=0.1, atol=0.1)
+    in_float32 = model(views[0], views, patches_to_keep)
+    assert_close(out.loss, in_float32.loss, rtol=0.1, atol=0.1)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
 def test_models_built_on_the_meta_device_take_weights_later():
+    """A model can be made without memory and filled by load_state_dict."""
     for make in (
         lambda: ViTMSNModel(tiny_config(), use_mask_token=True),
         lambda: ViTMSNForImageClassification(tiny_config()),
@@ -413,7 +452,6 @@ def test_models_built_on_the_meta_device_take_weights_later():
         filled.load_state_dict(source.state_dict())
         images = randn(4, 3, 32, 32)
         inputs = (images, [images]) if isinstance(source, ViTMSNForPreTraining) else (images,)
-        assert_close(
-            list(torch.utils._pytree.tree_leaves(filled(*inputs))),
-            list(torch.utils._pytree.tree_leaves(source(*inputs))),
-        )
+        actual = torch.utils._pytree.tree_leaves(filled(*inputs))
+        expected = torch.utils._pytree.tree_leaves(source(*inputs))
+        assert_close(actual, expected)

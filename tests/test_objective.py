@@ -1,17 +1,19 @@
-"""The objective, piece by piece: assignments, sharpening, Sinkhorn, me-max, the loss, the moving average."""
+"""The objective, piece by piece: assignments, sharpening, Sinkhorn, me-max, equation (1)."""
 
 import math
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import randn, randomized, tiny_config
+from common import randn, randomized, tiny_config, tiny_pretraining
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+import vitmsn
 from vitmsn import (
     ViTMSNForPreTraining,
     entropy,
@@ -24,112 +26,142 @@ from vitmsn import (
     smooth,
 )
 
-seeds, counts = st.integers(0, 2**31), st.integers(2, 9)
+seeds = st.integers(0, 2**31)
+counts = st.integers(2, 9)
 temperatures = st.floats(0.1, 1.0)
 
 
-def log_rows(b: int, k: int, seed: int, spread: float = 2.0) -> Tensor:
-    """b distributions over k prototypes, in logs."""
-    return (spread * randn(b, k, seed=seed, dtype=torch.float64)).log_softmax(dim=-1)
+def doubles(*shape: int, seed: int = 0) -> Tensor:
+    return randn(*shape, seed=seed, dtype=torch.float64)
 
 
-def row_entropy(log_p: Tensor) -> Tensor:
-    return -(log_p.exp() * log_p).sum(dim=-1)
+def log_assignments(b: int, k: int, seed: int, spread: float = 2.0) -> Tensor:
+    """b distributions over k prototypes, in logarithms. -> b k."""
+    return (spread * doubles(b, k, seed=seed)).log_softmax(dim=-1)
+
+
+def balanced_assignments(k: int, seed: int) -> Tensor:
+    """k distributions, each a shift of the first, so that every column sums to 1, too. -> k k."""
+    first = log_assignments(1, k, seed)[0]
+    return torch.stack([first.roll(shift) for shift in range(k)])
+
+
+# -- assignments and sharpening --------------------------------------------------------------------
 
 
 @given(b=counts, k=counts, e=counts, temperature=temperatures, seed=seeds)
 def test_assignments_are_the_softmax_of_cosine_similarities(b, k, e, temperature, seed):
-    z, prototypes = (
-        randn(b, e, seed=seed, dtype=torch.float64),
-        randn(k, e, seed=seed + 1, dtype=torch.float64),
-    )
+    """p is the softmax of cosine similarities over the temperature."""
+    z = doubles(b, e, seed=seed)
+    prototypes = doubles(k, e, seed=seed + 1)
     cosines = F.cosine_similarity(z[:, None], prototypes[None], dim=-1)
-    assert_close(
-        log_assign(z, prototypes, temperature).exp(), (cosines / temperature).softmax(dim=-1)
-    )
+    expected = (cosines / temperature).softmax(dim=-1)
+    assert_close(log_assign(z, prototypes, temperature).exp(), expected)
 
 
 @given(b=counts, k=counts, smoothing=st.floats(0, 0.9), seed=seeds)
 def test_smoothing_mixes_with_the_uniform_distribution(b, k, smoothing, seed):
-    log_p = log_rows(b, k, seed)
+    """Smoothing by s is (1 - s) p + s / k."""
+    log_p = log_assignments(b, k, seed)
     assert_close(smooth(log_p, smoothing).exp(), (1 - smoothing) * log_p.exp() + smoothing / k)
 
 
 @given(b=counts, k=counts, t=temperatures, seed=seeds)
 def test_sharpening_is_a_power_renormalised(b, k, t, seed):
-    p = log_rows(b, k, seed).exp()
-    assert_close(sharpen(p.log(), t).exp(), p ** (1 / t) / (p ** (1 / t)).sum(dim=-1, keepdim=True))
+    """Sharpening by T is p^(1/T), scaled to sum to 1."""
+    p = log_assignments(b, k, seed).exp()
+    power = p ** (1 / t)
+    assert_close(sharpen(p.log(), t).exp(), power / power.sum(dim=-1, keepdim=True))
 
 
 @given(b=counts, k=counts, seed=seeds)
 def test_sharpening_by_1_is_the_identity(b, k, seed):
-    log_p = log_rows(b, k, seed)
+    """T = 1 changes nothing."""
+    log_p = log_assignments(b, k, seed)
     assert_close(sharpen(log_p, 1.0), log_p)
 
 
 @given(b=counts, k=counts, s=temperatures, t=temperatures, seed=seeds)
 def test_sharpening_twice_multiplies_the_temperatures(b, k, s, t, seed):
-    log_p = log_rows(b, k, seed)
+    """Sharpening by S and then by T is sharpening by S T."""
+    log_p = log_assignments(b, k, seed)
     assert_close(sharpen(sharpen(log_p, s), t), sharpen(log_p, s * t))
 
 
 @given(b=counts, k=counts, t=temperatures, seed=seeds)
 def test_sharpening_keeps_the_order_and_never_adds_entropy(b, k, t, seed):
-    log_p = log_rows(b, k, seed)
+    """For T <= 1 the first choice stays the first, and entropy does not grow."""
+    log_p = log_assignments(b, k, seed)
     sharp = sharpen(log_p, t)
     assert sharp.argsort(dim=-1).equal(log_p.argsort(dim=-1))
-    assert (row_entropy(sharp) <= row_entropy(log_p) + 1e-12).all()
+    for before, after in zip(log_p, sharp, strict=True):
+        assert entropy(after) <= entropy(before) + 1e-12
+
+
+# -- Sinkhorn --------------------------------------------------------------------------------------
 
 
 @given(b=counts, k=counts, iterations=st.integers(1, 5), seed=seeds)
 def test_after_every_sinkhorn_iteration_each_image_sums_to_1(b, k, iterations, seed):
-    any_positive_matrix = 3 * randn(b, k, seed=seed, dtype=torch.float64)
-    sums = sinkhorn(any_positive_matrix, iterations).exp().sum(dim=1)
+    """However many iterations: the assignment of each image is a distribution."""
+    log_of_any_positive_matrix = 3 * doubles(b, k, seed=seed)
+    sums = sinkhorn(log_of_any_positive_matrix, iterations).exp().sum(dim=1)
     assert_close(sums, torch.ones(b, dtype=torch.float64))
 
 
 @given(b=counts, k=counts, seed=seeds)
 def test_prototype_totals_tend_to_an_even_share(b, k, seed):
-    shares = sinkhorn(log_rows(b, k, seed, spread=1.0), 400).exp().sum(dim=0)
+    """After many iterations each prototype has b / k of the batch."""
+    shares = sinkhorn(log_assignments(b, k, seed, spread=1.0), 400).exp().sum(dim=0)
     assert_close(shares, torch.full((k,), b / k, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
 @given(n=counts, repeats=st.integers(1, 3), seed=seeds)
 def test_a_balanced_matrix_stays_as_it_is(n, repeats, seed):
-    row = log_rows(1, n, seed)[0]
-    balanced = torch.stack([row.roll(shift) for shift in range(n)]).repeat(repeats, 1)
+    """Where images and prototypes are balanced already, Sinkhorn changes nothing."""
+    balanced = balanced_assignments(n, seed).repeat(repeats, 1)
     assert_close(sinkhorn(balanced, 3), balanced)
 
 
 @given(data=st.data(), b=counts, k=counts, seed=seeds)
 def test_sinkhorn_commutes_with_permuting_images_and_prototypes(data, b, k, seed):
-    log_p = log_rows(b, k, seed)
-    rows, columns = data.draw(st.permutations(range(b))), data.draw(st.permutations(range(k)))
-    assert_close(sinkhorn(log_p[rows][:, columns]), sinkhorn(log_p)[rows][:, columns])
+    """Neither the order of images nor that of prototypes means anything."""
+    log_p = log_assignments(b, k, seed)
+    images = data.draw(st.permutations(range(b)))
+    prototypes = data.draw(st.permutations(range(k)))
+    expected = sinkhorn(log_p)[images][:, prototypes]
+    assert_close(sinkhorn(log_p[images][:, prototypes]), expected)
 
 
 @given(b=counts, k=counts, seed=seeds)
 def test_sinkhorn_forgets_the_scale_of_a_prototypes_column(b, k, seed):
-    log_p = log_rows(b, k, seed)
-    assert_close(
-        sinkhorn(log_p + 5 * randn(k, seed=seed + 1, dtype=torch.float64)), sinkhorn(log_p)
-    )
+    """Prototypes are balanced first, so what multiplies a whole column is lost."""
+    log_p = log_assignments(b, k, seed)
+    log_scales = 5 * doubles(k, seed=seed + 1)
+    assert_close(sinkhorn(log_p + log_scales), sinkhorn(log_p))
 
 
 def test_without_iterations_sinkhorn_changes_nothing():
-    assert sinkhorn(log_rows(3, 4, 0), 0).equal(log_rows(3, 4, 0))
+    """Zero iterations leave Sinkhorn out."""
+    log_p = log_assignments(3, 4, 0)
+    assert sinkhorn(log_p, 0).equal(log_p)
+
+
+# -- me-max and entropy ----------------------------------------------------------------------------
 
 
 @given(n=counts, seed=seeds)
 def test_me_max_is_zero_exactly_where_the_mean_prediction_is_uniform(n, seed):
-    row = log_rows(1, n, seed)[0]
-    assert abs(me_max(torch.stack([row.roll(shift) for shift in range(n)]))) < 1e-12
-    assert me_max(row[None]) > 1e-6
+    """me-max is 0 at a uniform mean prediction and positive elsewhere."""
+    balanced = balanced_assignments(n, seed)
+    assert abs(me_max(balanced)) < 1e-12
+    assert me_max(balanced[:1]) > 1e-6
 
 
 @given(b=counts, k=counts, spread=st.floats(0.1, 50), seed=seeds)
 def test_me_max_lies_between_zero_and_log_k(b, k, spread, seed):
-    assert -1e-12 <= me_max(log_rows(b, k, seed, spread)) <= math.log(k) + 1e-12
+    """me-max is never negative, and log k when all images choose one prototype."""
+    assert -1e-12 <= me_max(log_assignments(b, k, seed, spread)) <= math.log(k) + 1e-12
     collapsed = torch.full((b, k), -800.0, dtype=torch.float64)
     collapsed[:, 0] = 0
     assert me_max(collapsed) == pytest.approx(math.log(k))
@@ -137,41 +169,79 @@ def test_me_max_lies_between_zero_and_log_k(b, k, spread, seed):
 
 @given(b=counts, k=counts, exponent=st.floats(0, 2), seed=seeds)
 def test_with_a_prior_me_max_is_the_divergence_from_it(b, k, exponent, seed):
-    log_p, prior = log_rows(b, k, seed), power_law_prior(k, exponent)
-    ranks = torch.arange(1, k + 1, dtype=torch.float64)
-    assert_close(prior.exp().double(), ranks**-exponent / (ranks**-exponent).sum())
-    divergence = F.kl_div(
-        prior.double(), log_p.exp().mean(dim=0).log(), log_target=True, reduction="sum"
-    )
-    assert_close(me_max(log_p, prior), divergence)
-    assert abs(me_max(prior.expand(b, -1).double(), prior)) < 1e-12
+    """me-max is KL(mean prediction || prior); the prior of exponent 0 is uniform."""
+    log_p = log_assignments(b, k, seed)
+    log_prior = power_law_prior(k, exponent)
+    powers = torch.arange(1, k + 1, dtype=torch.float64) ** -exponent
+    assert_close(log_prior.exp(), powers / powers.sum())
+
+    log_mean = log_p.exp().mean(dim=0).log()
+    divergence = F.kl_div(log_prior, log_mean, log_target=True, reduction="sum")
+    assert_close(me_max(log_p, log_prior), divergence)
+    assert abs(me_max(log_prior.expand(b, -1), log_prior)) < 1e-12
     assert_close(me_max(log_p, power_law_prior(k, 0.0)), me_max(log_p))
 
 
 @given(b=counts, k=counts, seed=seeds)
 def test_entropy_is_the_mean_over_single_predictions(b, k, seed):
-    log_p = log_rows(b, k, seed)
+    """The entropy term averages the entropies of the predictions."""
+    log_p = log_assignments(b, k, seed)
     assert_close(entropy(log_p), torch.distributions.Categorical(logits=log_p).entropy().mean())
 
 
+# -- equation (1) ----------------------------------------------------------------------------------
+
+
 def loss_inputs(v: int, b: int, k: int, e: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(
-        randn(rows, e, seed=seed + i, dtype=torch.float64) for i, rows in enumerate((v * b, b, k))
-    )
+    """Anchors (v b) e, targets b e and prototypes k e."""
+    anchors = doubles(v * b, e, seed=seed)
+    targets = doubles(b, e, seed=seed + 1)
+    prototypes = doubles(k, e, seed=seed + 2)
+    return anchors, targets, prototypes
 
 
 @given(v=st.integers(1, 4), b=counts, k=counts, e=counts, seed=seeds)
 def test_the_loss_is_unchanged_by_rescaling_and_by_rotating_everything_together(v, b, k, e, seed):
-    anchors, targets, prototypes = inputs = loss_inputs(v, b, k, e, seed)
+    """Only the angles between projections and prototypes matter."""
+    anchors, targets, prototypes = loss_inputs(v, b, k, e, seed)
     options = {"entropy_weight": 0.5, "label_smoothing": 0.1}
-    rotation = torch.linalg.qr(randn(e, e, seed=seed, dtype=torch.float64)).Q
-    expected = msn_loss(*inputs, **options)
-    assert_close(msn_loss(7 * anchors, targets / 3, 2 * prototypes, **options), expected)
-    assert_close(msn_loss(*(x @ rotation for x in inputs), **options), expected)
+    expected = msn_loss(anchors, targets, prototypes, **options)
+
+    rescaled = msn_loss(7 * anchors, targets / 3, 2 * prototypes, **options)
+    assert_close(rescaled, expected)
+
+    rotation = torch.linalg.qr(doubles(e, e, seed=seed)).Q
+    rotated = msn_loss(anchors @ rotation, targets @ rotation, prototypes @ rotation, **options)
+    assert_close(rotated, expected)
+
+
+@given(v=st.integers(1, 4), b=counts, k=counts, seed=seeds)
+def test_the_loss_is_equation_1_by_plain_probabilities(v, b, k, seed):
+    """Without logarithms, view by view and image by image: the sum that the paper writes."""
+    anchors, targets, prototypes = loss_inputs(v, b, k, 5, seed)
+    p = log_assign(anchors, prototypes, 0.1).exp().reshape(v, b, k)
+    p_plus = log_assign(targets, prototypes, 0.25 * 0.1).exp()
+    for _ in range(3):
+        p_plus = p_plus / p_plus.sum(dim=0)
+        p_plus = p_plus / p_plus.sum(dim=1, keepdim=True)
+
+    total = torch.zeros((), dtype=torch.float64)
+    for m in range(v):
+        for i in range(b):
+            total = total - (p_plus[i] * p[m, i].log()).sum()
+    mean = p.mean(dim=(0, 1))
+    mean_entropy = -(mean * mean.log()).sum()
+
+    out = msn_loss(anchors, targets, prototypes, memax_weight=2.0)
+    assert_close(out.target_assignments, p_plus)
+    assert_close(out.cross_entropy, total / (v * b))
+    assert_close(out.memax, math.log(k) - mean_entropy)
+    assert_close(out.loss, total / (v * b) - 2.0 * mean_entropy + 2.0 * math.log(k))
 
 
 @given(v=st.integers(1, 4), b=counts, k=counts, seed=seeds)
 def test_the_loss_is_the_weighted_sum_of_its_terms(v, b, k, seed):
+    """Equation (1) is the sum of its terms, and the statistics fit the targets."""
     out = msn_loss(*loss_inputs(v, b, k, 5, seed), memax_weight=0.7, entropy_weight=0.3)
     assert_close(out.loss, out.cross_entropy + 0.7 * out.memax + 0.3 * out.entropy)
     assert_close(out.target_assignments.sum(dim=1), torch.ones(b, dtype=torch.float64))
@@ -180,22 +250,24 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(v, b, k, seed):
 
 
 def test_views_of_the_same_image_are_compared_with_its_own_target():
+    """Anchors are ordered by view first: view m of image i is record m b + i."""
     _, targets, prototypes = loss_inputs(1, 6, 8, 5, 0)
     right = msn_loss(targets.repeat(3, 1), targets, prototypes).cross_entropy  # view-major
     wrong = msn_loss(targets.repeat_interleave(3, 0), targets, prototypes).cross_entropy
     assert right < wrong
 
 
-def test_anchor_rows_that_are_no_whole_number_of_views_are_refused():
+def test_anchors_that_are_no_whole_number_of_views_are_refused():
+    """Seven anchors of three targets are a mistake, said in words."""
     with pytest.raises(ValueError, match="whole number of views"):
         msn_loss(randn(7, 4), randn(3, 4), randn(5, 4))
 
 
 @given(k=st.sampled_from([2, 100, 1024, 8192]), seed=seeds)
 def test_nothing_overflows_at_temperature_and_sharpening_of_a_hundredth(k, seed):
-    anchors, targets, prototypes = (
-        x.float().requires_grad_() for x in loss_inputs(2, 8, k, 16, seed)
-    )
+    """Loss and gradients are finite at extreme temperatures and many prototypes."""
+    inputs = [x.float().requires_grad_() for x in loss_inputs(2, 8, k, 16, seed)]
+    anchors, targets, prototypes = inputs
     for label_smoothing in (0.0, 0.1):
         out = msn_loss(
             anchors,
@@ -211,19 +283,22 @@ def test_nothing_overflows_at_temperature_and_sharpening_of_a_hundredth(k, seed)
 
 
 def test_collapsed_and_perfect_inputs_give_finite_losses_and_gradients():
+    """Loss and gradients are finite where all images agree or are opposite."""
     prototypes = torch.eye(4, 4).requires_grad_()
-    for rows in (torch.eye(4), torch.eye(4)[:1].repeat(4, 1), -torch.eye(4)):
-        anchors = rows.clone().requires_grad_()
+    perfect = torch.eye(4)
+    collapsed = torch.eye(4)[:1].repeat(4, 1)
+    opposite = -torch.eye(4)
+    for targets in (perfect, collapsed, opposite):
+        anchors = targets.clone().requires_grad_()
         out = msn_loss(
-            anchors, rows, prototypes, temperature=0.01, sharpening=0.01, entropy_weight=1.0
+            anchors, targets, prototypes, temperature=0.01, sharpening=0.01, entropy_weight=1.0
         )
-        assert all(
-            torch.isfinite(x).all()
-            for x in (*out, *torch.autograd.grad(out.loss, (anchors, prototypes)))
-        )
+        gradients = torch.autograd.grad(out.loss, (anchors, prototypes))
+        assert all(torch.isfinite(x).all() for x in (*out, *gradients))
 
 
 def test_the_loss_is_computed_in_float32_under_autocast():
+    """Autocast does not reach the objective."""
     inputs = [x.float() for x in loss_inputs(2, 4, 6, 8, 0)]
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = msn_loss(*inputs)
@@ -233,30 +308,54 @@ def test_the_loss_is_computed_in_float32_under_autocast():
 
 
 def test_no_gradient_reaches_the_targets():
+    """The targets are constants; anchors and prototypes have gradients."""
     anchors, targets, prototypes = (x.requires_grad_() for x in loss_inputs(2, 4, 6, 8, 0))
     msn_loss(anchors, targets, prototypes).loss.backward()
     assert targets.grad is None and (anchors.grad != 0).any() and (prototypes.grad != 0).any()
 
 
 def test_prototypes_learn_through_the_anchors_side_only():
+    """The prototypes' gradient is that of the loss with constant target assignments."""
     anchors, targets, prototypes = loss_inputs(2, 4, 6, 8, 0)
     prototypes.requires_grad_()
     out = msn_loss(anchors, targets, prototypes)
     log_p = log_assign(anchors, prototypes, 0.1)
-    by_hand = -(out.target_assignments.repeat(2, 1) * log_p).sum(dim=1).mean() + me_max(
-        log_p
-    )  # assignments: constants
-    gradients = [torch.autograd.grad(loss, prototypes)[0] for loss in (out.loss, by_hand)]
-    assert_close(*gradients)
+    constants = out.target_assignments.repeat(2, 1)
+    by_hand = -(constants * log_p).sum(dim=1).mean() + me_max(log_p)
+    assert_close(
+        torch.autograd.grad(out.loss, prototypes), torch.autograd.grad(by_hand, prototypes)
+    )
+
+
+def test_the_two_sections_of_the_objective_run_when_they_are_copied():
+    """The two sections of msn_loss need nothing else but the imports that their head names."""
+    source = Path(vitmsn.__file__).read_text(encoding="utf-8")
+    start = source.index("# ---- Similarity Metric and Predictions")
+    end = source.index("# ---- Pretraining model")
+    copied = source[start:end]
+    imports = []
+    for line in copied.splitlines():
+        if line.startswith(("#     import ", "#     from ")):
+            imports.append(line.removeprefix("#     "))
+    assert imports
+
+    names = {"__name__": "copied"}
+    exec("\n".join([*imports, copied]), names)
+    inputs = loss_inputs(2, 4, 6, 8, 0)
+    options = {"entropy_weight": 0.5, "label_smoothing": 0.1}
+    out = names["msn_loss"](*inputs, **options, log_prior=names["power_law_prior"](6, 0.5))
+    expected = msn_loss(*inputs, **options, log_prior=power_law_prior(6, 0.5))
+    assert_close(tuple(out), tuple(expected))
+
+
+# -- several processes -----------------------------------------------------------------------------
 
 
 def in_processes(shards: list, work) -> list:
     """work(shard, all_reduce) for every shard at once, in threads that reduce with each other."""
-    barrier, slots, results = (
-        threading.Barrier(len(shards)),
-        [None] * len(shards),
-        [None] * len(shards),
-    )
+    barrier = threading.Barrier(len(shards))
+    slots = [None] * len(shards)
+    results = [None] * len(shards)
 
     def run(rank: int) -> None:
         def all_reduce(x: Tensor, op: str) -> Tensor:
@@ -278,15 +377,19 @@ def in_processes(shards: list, work) -> list:
 
 @given(v=st.integers(1, 3), b=st.sampled_from([4, 8]), k=counts, seed=seeds)
 def test_two_processes_that_reduce_see_the_whole_batch(v, b, k, seed):
+    """Half batches that all-reduce have the assignments and the loss of the whole one."""
     anchors, targets, prototypes = loss_inputs(v, b, k, 6, seed)
     whole = msn_loss(anchors, targets, prototypes)
-    halves = [
-        (anchors.reshape(v, b, -1)[:, rows].flatten(0, 1), targets[rows])
-        for rows in (slice(0, b // 2), slice(b // 2, b))
-    ]
-    parts = in_processes(
-        halves, lambda shard, all_reduce: msn_loss(*shard, prototypes, all_reduce=all_reduce)
-    )
+    halves = []
+    for images in (slice(0, b // 2), slice(b // 2, b)):
+        own_anchors = anchors.reshape(v, b, -1)[:, images].flatten(0, 1)
+        halves.append((own_anchors, targets[images]))
+
+    def work(half, all_reduce):
+        own_anchors, own_targets = half
+        return msn_loss(own_anchors, own_targets, prototypes, all_reduce=all_reduce)
+
+    parts = in_processes(halves, work)
     assert_close(torch.cat([part.target_assignments for part in parts]), whole.target_assignments)
     for part in parts:
         assert_close(part.memax, whole.memax)
@@ -298,18 +401,22 @@ def test_two_processes_that_reduce_see_the_whole_batch(v, b, k, seed):
 
 
 def pretraining(**options) -> ViTMSNForPreTraining:
-    model = randomized(ViTMSNForPreTraining(tiny_config(), 20, 16, 12, **options)).double()
+    """A pretraining model in float64 whose two encoders are equal."""
+    model = tiny_pretraining(**options).double()
     model.update_target(0.0)
     return model
 
 
 def step_inputs(b: int = 4) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    large, small = (randn(3, b, 3, size, size, seed=size, dtype=torch.float64) for size in (32, 16))
-    keep = torch.stack([torch.randperm(16)[:11] for _ in range(b)])
-    return large[0], [large[1], small[0], small[1]], [keep, None, None]
+    """A target view, a masked anchor view and two focal views, and patches_to_keep of the three."""
+    large = doubles(2, b, 3, 32, 32, seed=32)
+    small = doubles(2, b, 3, 16, 16, seed=16)
+    patches_to_keep = torch.stack([torch.randperm(16)[:11] for _ in range(b)])
+    return large[0], [large[1], small[0], small[1]], [patches_to_keep, None, None]
 
 
 def test_every_trainable_tensor_gets_a_gradient_and_no_target_tensor_does():
+    """Everything but the target encoder learns, prototypes included."""
     model = pretraining()
     model(*step_inputs()).loss.backward()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -327,6 +434,7 @@ def test_every_trainable_tensor_gets_a_gradient_and_no_target_tensor_does():
 
 
 def test_the_key_bias_alone_of_queries_keys_and_values_has_no_gradient():
+    """A shift of all keys cancels in the softmax; of queries and values it does not."""
     model = pretraining()
     model(*step_inputs()).loss.backward()
     for block in model.anchor_encoder.blocks:
@@ -335,17 +443,20 @@ def test_the_key_bias_alone_of_queries_keys_and_values_has_no_gradient():
 
 
 def test_without_masks_all_patches_are_seen():
-    model, (target, views, _) = pretraining().eval(), step_inputs()
-    everything = torch.arange(16).expand(4, -1)
-    assert_close(model(target, views), model(target, views, [everything, None, None]))
-    assert not model(target, views).loss.allclose(
-        model(target, views, [everything[:, :5], None, None]).loss
-    )
+    """No mask is the mask that keeps every patch."""
+    model = pretraining().eval()
+    target, views, _ = step_inputs()
+    all_patches = torch.arange(16).expand(4, -1)
+    whole = model(target, views)
+    assert_close(model(target, views, [all_patches, None, None]), whole)
+    masked = model(target, views, [all_patches[:, :5], None, None])
+    assert not masked.loss.allclose(whole.loss)
 
 
 def test_views_of_one_size_share_batch_statistics_and_other_sizes_have_their_own():
-    model, (_, views, _) = pretraining(), step_inputs()
-    encoder = model.anchor_encoder
+    """Batch norm sees the views of one size as one batch."""
+    encoder = pretraining().anchor_encoder
+    _, views, _ = step_inputs()
     together = encoder(views, [None, None, None])
     assert encoder.fc.bn1.num_batches_tracked == 2  # one batch of 32 pixels, one of 16
     joined = encoder([torch.cat(views[1:])], [None])[0]
@@ -353,14 +464,26 @@ def test_views_of_one_size_share_batch_statistics_and_other_sizes_have_their_own
     assert_close(together[0], encoder(views[:1], [None])[0])
 
 
-@pytest.mark.parametrize("views, keep", [(0, None), (2, [None])])
-def test_a_mask_or_none_is_wanted_for_each_of_at_least_one_view(views, keep):
+def test_views_of_one_size_that_keep_other_numbers_of_patches_go_through_apart():
+    """A whole, a lightly and a heavily masked view of one size are three batches."""
+    encoder = pretraining().anchor_encoder
+    view = doubles(4, 3, 32, 32)
+    masks = [None, torch.arange(11).expand(4, -1), torch.arange(5).expand(4, -1)]
+    together = encoder([view, view, view], masks)
+    apart = [encoder([view], [mask])[0] for mask in masks]
+    assert_close(together, torch.stack(apart))
+
+
+@pytest.mark.parametrize("views, patches_to_keep", [(0, None), (2, [None])])
+def test_masks_that_do_not_match_the_views_are_refused(views, patches_to_keep):
+    """Masks that do not match the views are refused, and so are no views."""
     target, anchor_views, _ = step_inputs()
     with pytest.raises(ValueError, match="at least one view"):
-        pretraining()(target, anchor_views[:views], keep)
+        pretraining()(target, anchor_views[:views], patches_to_keep)
 
 
 def test_momentum_1_keeps_the_target_and_0_copies_the_anchor():
+    """The two ends of the moving average."""
     model = pretraining()
     randomized(model.anchor_encoder, seed=1)
     before = [p.clone() for p in model.target_encoder.parameters()]
@@ -373,6 +496,7 @@ def test_momentum_1_keeps_the_target_and_0_copies_the_anchor():
 
 @given(momentum=st.floats(0, 1), steps=st.integers(1, 10))
 def test_many_steps_of_the_moving_average_match_the_closed_form(momentum, steps):
+    """t steps leave momentum^t of the start and the rest of the anchor."""
     model = pretraining()
     randomized(model.anchor_encoder, seed=1)
     start = [p.clone() for p in model.target_encoder.parameters()]
@@ -384,7 +508,8 @@ def test_many_steps_of_the_moving_average_match_the_closed_form(momentum, steps)
         assert_close(target, momentum**steps * first + (1 - momentum**steps) * anchor)
 
 
-def test_the_moving_average_leaves_buffers_alone_while_forward_moves_each_encoders_own():
+def test_each_encoder_has_running_statistics_of_its_own():
+    """Running statistics are each encoder's own and are not averaged."""
     model = pretraining()
     model(*step_inputs())
     buffers = {name: buffer.clone() for name, buffer in model.target_encoder.named_buffers()}
@@ -396,28 +521,30 @@ def test_the_moving_average_leaves_buffers_alone_while_forward_moves_each_encode
 
 
 def test_both_encoders_start_alike_and_prototypes_lie_within_the_published_bound():
+    """The target starts as a copy; prototypes are uniform within 1 / sqrt(e)."""
     model = ViTMSNForPreTraining(tiny_config(), 20, 256, 1024)
-    for target, anchor in zip(
-        model.target_encoder.parameters(), model.anchor_encoder.parameters(), strict=True
-    ):
-        assert target.equal(anchor) and target.data_ptr() != anchor.data_ptr()
+    pairs = zip(model.target_encoder.parameters(), model.anchor_encoder.parameters(), strict=True)
+    for target, anchor in pairs:
+        assert target.equal(anchor)
+        assert target.data_ptr() != anchor.data_ptr()
+
     bound = 1 / math.sqrt(256)
-    assert (
-        model.prototypes.shape == (1024, 256)
-        and 0.99 * bound < model.prototypes.abs().max() <= bound
-    )
+    assert model.prototypes.shape == (1024, 256)
+    assert 0.99 * bound < model.prototypes.abs().max() <= bound
     assert abs(model.prototypes.std() / (bound / math.sqrt(3)) - 1) < 0.02  # uniform
 
 
 def test_a_prior_exponent_reaches_the_loss():
+    """prior_exponent changes me-max and nothing else."""
     inputs = step_inputs()
-    uniform, power = (pretraining(prior_exponent=exponent)(*inputs) for exponent in (0.0, 1.0))
-    assert not uniform.memax.allclose(power.memax) and uniform.cross_entropy.allclose(
-        power.cross_entropy
-    )
+    uniform = pretraining(prior_exponent=0.0)(*inputs)
+    power = pretraining(prior_exponent=1.0)(*inputs)
+    assert not uniform.memax.allclose(power.memax)
+    assert uniform.cross_entropy.allclose(power.cross_entropy)
 
 
 def test_the_sharpening_of_a_step_overrides_the_one_given_at_construction():
+    """A schedule's sharpening counts, not the constructor's."""
     inputs = step_inputs()
     by_step = pretraining(sharpening=0.9)(*inputs, sharpening=0.3)
     assert_close(by_step, pretraining(sharpening=0.3)(*inputs))

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from common import tiny_config
+from common import random_picture, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -13,22 +13,8 @@ from torch.testing import assert_close
 
 from vitmsn import normalize, preprocess, to_rgb
 
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-
-
-def picture(mode: str = "RGB", width: int = 50, height: int = 40, seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    if mode == "I;16":
-        return Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
-    if mode == "P":
-        return picture("RGB", width, height, seed).quantize(64)
-    channels = {"L": 1, "1": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}[mode]
-    pixels = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return (
-        Image.fromarray(pixels[..., 0]).convert(mode)
-        if channels == 1
-        else Image.merge(mode, [Image.fromarray(pixels[..., c]) for c in range(channels)])
-    )
+MEAN = np.array([0.485, 0.456, 0.406])
+STD = np.array([0.229, 0.224, 0.225])
 
 
 def by_hand(image: Image.Image, size: int) -> torch.Tensor:
@@ -39,13 +25,16 @@ def by_hand(image: Image.Image, size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "LA", "P", "RGBA", "CMYK"])
 def test_pictures_of_every_mode_go_through_rgb(mode):
-    pixels = preprocess(picture(mode), tiny_config())
+    """Any mode of Pillow gives the pixel values of the picture converted to RGB."""
+    image = random_picture(mode)
+    pixels = preprocess(image, tiny_config())
     assert pixels.shape == (1, 3, 32, 32)
-    assert_close(pixels[0], by_hand(picture(mode).convert("RGB"), 32), rtol=1e-5, atol=1e-6)
+    assert_close(pixels[0], by_hand(image.convert("RGB"), 32), rtol=1e-5, atol=1e-6)
 
 
 def test_sixteen_bit_pictures_are_scaled_not_clipped():
-    image = picture("I;16")
+    """16-bit grey keeps its range of brightness."""
+    image = random_picture("I;16")
     grey = Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
     assert_close(preprocess(image, tiny_config())[0], by_hand(grey, 32), rtol=1e-5, atol=1e-6)
     assert np.asarray(to_rgb(image)).std() > 50  # clipping would leave it white
@@ -53,57 +42,63 @@ def test_sixteen_bit_pictures_are_scaled_not_clipped():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_upright_by_their_exif_orientation(orientation):
-    exif, file = Image.Exif(), io.BytesIO()
+    """All eight orientations of EXIF are undone."""
+    exif = Image.Exif()
     exif[0x0112] = orientation
-    picture().save(file, format="PNG", exif=exif)
+    file = io.BytesIO()
+    random_picture().save(file, format="PNG", exif=exif)
     image = Image.open(file)
+
+    pixels = preprocess(image, tiny_config())[0]
     expected = by_hand(ImageOps.exif_transpose(image).convert("RGB"), 32)
-    assert_close(preprocess(image, tiny_config())[0], expected, rtol=1e-5, atol=1e-6)
+    assert_close(pixels, expected, rtol=1e-5, atol=1e-6)
     if orientation > 1:
-        assert not preprocess(image, tiny_config())[0].allclose(by_hand(picture(), 32))
+        assert not pixels.allclose(by_hand(random_picture(), 32))
 
 
 @given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(16, 48))
 def test_center_crop_is_resize_of_the_shorter_side_then_the_middle(width, height, size):
-    image, config = picture(width=width, height=height), tiny_config(image_size=size)
+    """center-crop is the paper's evaluation: 256 of 224, then the middle."""
+    image = random_picture(width=width, height=height)
     scale = size * 256 / 224 / min(width, height)
-    w, h = max(size, round(width * scale)), max(size, round(height * scale))
-    left, top = (w - size) // 2, (h - size) // 2
-    cropped = image.resize((w, h), Image.Resampling.BILINEAR).crop(
-        (left, top, left + size, top + size)
-    )
-    assert_close(
-        preprocess(image, config, "center-crop")[0], by_hand(cropped, size), rtol=1e-5, atol=1e-6
-    )
+    resized_width = max(size, round(width * scale))
+    resized_height = max(size, round(height * scale))
+    left = (resized_width - size) // 2
+    top = (resized_height - size) // 2
+    resized = image.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
+    cropped = resized.crop((left, top, left + size, top + size))
+
+    pixels = preprocess(image, tiny_config(image_size=size), "center-crop")[0]
+    assert_close(pixels, by_hand(cropped, size), rtol=1e-5, atol=1e-6)
 
 
 def test_a_list_of_pictures_of_any_sizes_becomes_one_batch():
-    images = [picture(), picture("L", 10, 70), picture("P", 32, 32)]
+    """A list gives what its pictures give one by one."""
+    images = [random_picture(), random_picture("L", 10, 70), random_picture("P", 32, 32)]
     batch = preprocess(images, tiny_config())
     assert batch.shape == (3, 3, 32, 32) and batch.dtype == torch.float32
     assert_close(batch, torch.cat([preprocess(image, tiny_config()) for image in images]))
 
 
 def test_one_channel_models_get_grey():
-    pixels = preprocess(picture(), tiny_config(num_channels=1))
-    grey = np.asarray(picture().convert("L").resize((32, 32), Image.Resampling.BILINEAR)) / 255
-    assert_close(
-        pixels[0, 0],
-        torch.from_numpy((grey - MEAN.mean()) / STD.mean()).float(),
-        rtol=1e-5,
-        atol=1e-6,
-    )
+    """Grey is normalised by the means of ImageNet's three statistics."""
+    pixels = preprocess(random_picture(), tiny_config(num_channels=1))
+    resized = random_picture().convert("L").resize((32, 32), Image.Resampling.BILINEAR)
+    grey = np.asarray(resized) / 255
+    expected = torch.from_numpy((grey - MEAN.mean()) / STD.mean()).float()
+    assert_close(pixels[0, 0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_normalize_gives_imagenet_statistics_mean_0_and_deviation_1():
+    """ImageNet's mean becomes 0, one deviation more or less 1 and -1."""
     pixels = torch.tensor(np.stack([MEAN, MEAN + STD, MEAN - STD]))[..., None, None]
-    assert_close(
-        normalize(pixels)[..., 0, 0], torch.tensor([[0.0] * 3, [1.0] * 3, [-1.0] * 3]).double()
-    )
+    expected = torch.tensor([[0.0] * 3, [1.0] * 3, [-1.0] * 3]).double()
+    assert_close(normalize(pixels)[..., 0, 0], expected)
 
 
 def test_an_unknown_protocol_and_no_pictures_are_refused():
+    """What cannot be preprocessed is refused in words."""
     with pytest.raises(ValueError, match="center-crop"):
-        preprocess(picture(), tiny_config(), "crop")
+        preprocess(random_picture(), tiny_config(), "crop")
     with pytest.raises(ValueError, match="at least one"):
         preprocess([], tiny_config())

@@ -1,11 +1,14 @@
-"""The same model as transformers': equal numbers from equal weights, in both directions (transformers 4.57 and 5.x).
+"""The same model as in transformers: equal numbers from equal weights, in both directions.
 
-Skipped without transformers. The published shapes are marked slow: pytest -m slow tests/test_transformers.py
+Run with transformers 4.57 and 5.x, skipped without it. The published shapes are marked slow:
+pytest -m slow tests/test_transformers.py
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,6 +24,10 @@ transformers.utils.logging.disable_progress_bar()
 
 LIMIT = {"rtol": 0, "atol": 2e-5}  # float32
 IMPLEMENTATIONS = ("eager", "sdpa")
+OURS = {
+    "ViTMSNModel": ViTMSNModel,
+    "ViTMSNForImageClassification": ViTMSNForImageClassification,
+}
 SMALL = {key: value for key, value in TINY.items() if key != "num_labels"}
 ODD = {
     "plain": {},
@@ -62,14 +69,21 @@ def assert_same_backbone(ours: ViTMSNModel, reference, images: torch.Tensor, mas
         out = ours(images, output_hidden_states=True, output_attentions=True, **options)
         assert_close(out.last_hidden_state, expected.last_hidden_state, **LIMIT)
         assert_close(ours(images, **options).last_hidden_state, expected.last_hidden_state, **LIMIT)
-        assert (
-            len(out.hidden_states)
-            == len(expected.hidden_states)
-            == ours.config.num_hidden_layers + 1
-        )
-        assert len(out.attentions) == len(expected.attentions) == ours.config.num_hidden_layers
+        assert len(out.hidden_states) == ours.config.num_hidden_layers + 1
+        assert len(out.attentions) == ours.config.num_hidden_layers
         assert_close(list(out.hidden_states), list(expected.hidden_states), **LIMIT)
         assert_close(list(out.attentions), list(expected.attentions), **LIMIT)
+
+
+def assert_same_model(ours, reference, images: int = 2) -> None:
+    """Of a backbone all that it returns; of a classifier the logits, too."""
+    images = pixels(ours.config, images=images)
+    if isinstance(ours, ViTMSNModel):
+        assert_same_backbone(ours, reference, images)
+        return
+    assert_same_backbone(ours.vit, reference.vit, images)
+    with torch.no_grad():
+        assert_close(ours(images).logits, reference(images).logits, **LIMIT)
 
 
 def from_folder_of(model, folder: Path, cls=ViTMSNModel, **options):
@@ -82,17 +96,17 @@ def from_folder_of(model, folder: Path, cls=ViTMSNModel, **options):
 
 @pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
 def test_states_and_attentions_are_the_same(changes, tmp_path):
+    """All hidden states and attentions agree, for every kind of config."""
     reference = theirs("ViTMSNModel", **changes)
     assert_same_backbone(from_folder_of(reference, tmp_path), reference, pixels(reference.config))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_their_sdpa_and_eager_are_both_ours(implementation, tmp_path):
+def test_both_attention_implementations_are_the_same(implementation, tmp_path):
+    """Either implementation of attention agrees with the same one there."""
     reference = theirs("ViTMSNModel", implementation)
-    ours, images = (
-        from_folder_of(reference, tmp_path, attn_implementation=implementation),
-        pixels(reference.config),
-    )
+    ours = from_folder_of(reference, tmp_path, attn_implementation=implementation)
+    images = pixels(reference.config)
     with torch.no_grad():
         assert_close(ours(images).last_hidden_state, reference(images).last_hidden_state, **LIMIT)
 
@@ -101,6 +115,7 @@ def test_their_sdpa_and_eager_are_both_ours(implementation, tmp_path):
     "height, width", [(64, 64), (16, 16), (8, 8), (48, 24), (16, 64), (64, 16), (45, 29)]
 )
 def test_resampled_positions_are_the_same_up_down_and_not_square(height, width, tmp_path):
+    """Images of other sizes and shapes agree."""
     reference = theirs("ViTMSNModel")
     assert_same_backbone(
         from_folder_of(reference, tmp_path), reference, pixels(reference.config, height, width)
@@ -108,6 +123,7 @@ def test_resampled_positions_are_the_same_up_down_and_not_square(height, width, 
 
 
 def test_the_mask_token_is_the_same(tmp_path):
+    """Masked patches agree."""
     reference = theirs("ViTMSNModel", mask_token=True)
     masked = torch.rand(2, 16) < 0.5
     ours = from_folder_of(reference, tmp_path, use_mask_token=True)
@@ -127,11 +143,10 @@ def test_the_mask_token_is_the_same(tmp_path):
     ],
 )
 def test_logits_and_losses_of_every_problem_are_the_same(problem, num_labels, labels, tmp_path):
+    """Logits, losses and the inferred kind of problem agree."""
     reference = theirs("ViTMSNForImageClassification", num_labels=num_labels, problem_type=problem)
-    ours, images = (
-        from_folder_of(reference, tmp_path, ViTMSNForImageClassification),
-        pixels(reference.config),
-    )
+    ours = from_folder_of(reference, tmp_path, ViTMSNForImageClassification)
+    images = pixels(reference.config)
     assert ours.config.num_labels == num_labels
     with torch.no_grad():
         expected = reference(images, labels=labels)
@@ -144,11 +159,10 @@ def test_logits_and_losses_of_every_problem_are_the_same(problem, num_labels, la
 
 
 def test_gradients_are_the_same(tmp_path):
+    """Gradients agree at both ends of the model."""
     reference = theirs("ViTMSNForImageClassification", num_labels=3)
-    ours, images = (
-        from_folder_of(reference, tmp_path, ViTMSNForImageClassification),
-        pixels(reference.config),
-    )
+    ours = from_folder_of(reference, tmp_path, ViTMSNForImageClassification)
+    images = pixels(reference.config)
     for model in (ours, reference):
         model(images, labels=torch.tensor([2, 0])).loss.backward()
     assert_close(ours.classifier.weight.grad, reference.classifier.weight.grad, **LIMIT)
@@ -159,43 +173,32 @@ def test_gradients_are_the_same(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_published_shapes_give_the_same_numbers(preset, tmp_path):
+    """The six models of the paper agree."""
     config = ViTMSNConfig.preset(preset)
-    size = (
-        config.image_size if config.patch_size == 16 else 14 * config.patch_size
-    )  # as many patches, fewer pixels
     reference = theirs(
         "ViTMSNForImageClassification",
-        image_size=size,
+        image_size=14 * config.patch_size,  # 196 patches in each, so few pixels
         num_labels=10,
-        **{
-            name: getattr(config, name)
-            for name in (
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "intermediate_size",
-                "patch_size",
-            )
-        },
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        patch_size=config.patch_size,
     )
-    with (
-        torch.no_grad()
-    ):  # transformers' own scale: at the width of these, five hundredths would saturate everything
+    with torch.no_grad():  # deviation 0.02, as transformers draws: 0.05 would saturate such widths
         for parameter in reference.parameters():
             if parameter.ndim > 1:
                 parameter *= 0.4
-    ours = from_folder_of(reference, tmp_path, ViTMSNForImageClassification)
-    images = pixels(reference.config, images=1)
-    assert_same_backbone(ours.vit, reference.vit, images)
-    with torch.no_grad():
-        assert_close(ours(images).logits, reference(images).logits, **LIMIT)
+    assert_same_model(
+        from_folder_of(reference, tmp_path, ViTMSNForImageClassification), reference, images=1
+    )
 
 
 # -- files -----------------------------------------------------------------------------------------
 
 
 def old_names(model) -> dict[str, torch.Tensor]:
-    """Layout A or B, whatever the version of transformers: names as its files have had them since the beginning."""
+    """Layout A or B: names as in files of transformers of every version."""
     names = {
         r"^layers\.": "encoder.layer.",
         r"\.attention\.q_proj\.": ".attention.attention.query.",
@@ -207,7 +210,8 @@ def old_names(model) -> dict[str, torch.Tensor]:
     }
     state = {}
     for name, value in model.state_dict().items():
-        prefix, name = ("vit.", name[4:]) if name.startswith("vit.") else ("", name)
+        prefix = "vit." if name.startswith("vit.") else ""
+        name = name.removeprefix("vit.")
         for pattern, replacement in names.items():
             name = re.sub(pattern, replacement, name)
         state[prefix + name] = value.contiguous()
@@ -229,17 +233,25 @@ def new_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
+def half_prefixed_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Layout C from B: files of transformers 5, whose layers lack the prefix `vit.`."""
+    return {name.replace("vit.encoder.", "encoder."): value for name, value in state.items()}
+
+
+class Layout(NamedTuple):
+    """How to make a layout from old_names of a model of this kind, and how its layers begin."""
+
+    kind: str
+    rename: Callable[[dict], dict]
+    layers: str
+
+
 LAYOUTS = {
-    "A": ("ViTMSNModel", lambda state: state),
-    "B": ("ViTMSNForImageClassification", lambda state: state),
-    "C": (
-        "ViTMSNForImageClassification",
-        lambda state: {
-            name.replace("vit.encoder.", "encoder."): value for name, value in state.items()
-        },
-    ),
-    "D": ("ViTMSNModel", new_names),
-    "E": ("ViTMSNForImageClassification", new_names),
+    "A": Layout("ViTMSNModel", dict, "encoder."),
+    "B": Layout("ViTMSNForImageClassification", dict, "vit.encoder."),
+    "C": Layout("ViTMSNForImageClassification", half_prefixed_names, "encoder."),
+    "D": Layout("ViTMSNModel", new_names, "layers."),
+    "E": Layout("ViTMSNForImageClassification", new_names, "vit.layers."),
 }
 
 
@@ -254,13 +266,10 @@ def write_safetensors(state, folder):
 def write_shards(state, folder):
     shards = {f"model-0000{i + 1}-of-00003.safetensors": sorted(state)[i::3] for i in range(3)}
     for shard, names in shards.items():
-        safetensors.save_file(
-            {name: state[name] for name in names}, folder / shard, metadata={"format": "pt"}
-        )
-    index = {
-        "metadata": {},
-        "weight_map": {name: shard for shard, names in shards.items() for name in names},
-    }
+        members = {name: state[name] for name in names}
+        safetensors.save_file(members, folder / shard, metadata={"format": "pt"})
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -268,36 +277,24 @@ def write_shards(state, folder):
 @pytest.mark.parametrize("write", [write_bin, write_safetensors, write_shards])
 @pytest.mark.parametrize("bias", [True, False])
 def test_all_five_layouts_are_read_from_all_containers(layout, write, bias, tmp_path, recwarn):
-    kind, rename = LAYOUTS[layout]
+    """Every layout of names in every kind of file is read, without a warning."""
+    kind, rename, layers = LAYOUTS[layout]
     reference = theirs(kind, num_labels=3, qkv_bias=bias)
     state = rename(old_names(reference))
-    assert any(
-        name.startswith(
-            "layers."
-            if layout == "D"
-            else "vit.layers."
-            if layout == "E"
-            else "encoder."
-            if layout in "AC"
-            else "vit.encoder."
-        )
-        for name in state
-    )
+    assert any(name.startswith(layers) for name in state)
     reference.config.save_pretrained(tmp_path)
     write(state, tmp_path)
-    ours, images = globals()[kind].from_pretrained(tmp_path), pixels(reference.config)
-    assert not [
-        w for w in recwarn.list if "vitmsn" in str(w.filename) or str(tmp_path) in str(w.message)
-    ]
-    body, their_body = (ours, reference) if kind == "ViTMSNModel" else (ours.vit, reference.vit)
-    assert_same_backbone(body, their_body, images)
-    if kind != "ViTMSNModel":
-        with torch.no_grad():
-            assert_close(ours(images).logits, reference(images).logits, **LIMIT)
+
+    ours = OURS[kind].from_pretrained(tmp_path)
+    for warning in recwarn.list:
+        assert "vitmsn" not in str(warning.filename)
+        assert str(tmp_path) not in str(warning.message)
+    assert_same_model(ours, reference)
 
 
-@pytest.mark.parametrize("kind", ["ViTMSNModel", "ViTMSNForImageClassification"])
+@pytest.mark.parametrize("kind", OURS)
 def test_shards_that_transformers_writes_are_read(kind, tmp_path):
+    """A model that transformers cut into shards is read."""
     reference = theirs(kind, num_labels=3)
     reference.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -305,33 +302,29 @@ def test_shards_that_transformers_writes_are_read(kind, tmp_path):
     assert_same_backbone(body, getattr(reference, "vit", reference), pixels(reference.config))
 
 
-@pytest.mark.parametrize("kind", ["ViTMSNModel", "ViTMSNForImageClassification"])
+@pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
 @pytest.mark.parametrize("container", ["safetensors", "bin"])
 def test_transformers_reads_our_folders_with_no_key_left_over(kind, changes, container, tmp_path):
-    ours = randomized(
-        globals()[kind](ViTMSNConfig(**{**TINY, **changes, "num_labels": 3})), std=0.05
-    ).eval()
+    """What we write, transformers loads completely."""
+    config = ViTMSNConfig(**{**SMALL, **changes, "num_labels": 3})
+    ours = randomized(OURS[kind](config), std=0.05).eval()
     ours.save_pretrained(tmp_path)
     if container == "bin":
-        torch.save(
-            safetensors.load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin"
-        )
+        weights = safetensors.load_file(tmp_path / "model.safetensors")
+        torch.save(weights, tmp_path / "pytorch_model.bin")
         (tmp_path / "model.safetensors").unlink()
+
     reference, report = getattr(transformers, kind).from_pretrained(
         tmp_path, output_loading_info=True
     )
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     reference.set_attn_implementation("eager")
-    images = pixels(ours.config)
-    body, their_body = (ours, reference) if kind == "ViTMSNModel" else (ours.vit, reference.vit)
-    assert_same_backbone(body, their_body, images)
-    if kind != "ViTMSNModel":
-        with torch.no_grad():
-            assert_close(ours(images).logits, reference(images).logits, **LIMIT)
+    assert_same_model(ours, reference)
 
 
 def test_the_auto_classes_load_our_folders_and_their_configs_agree(tmp_path):
+    """AutoModel finds the class, the labels and all settings."""
     labels = {0: "cat", 1: "dog", 2: "bird"}
     config = ViTMSNConfig(
         **SMALL, id2label=labels, hidden_dropout_prob=0.1, problem_type="regression"
@@ -340,10 +333,8 @@ def test_the_auto_classes_load_our_folders_and_their_configs_agree(tmp_path):
     model = transformers.AutoModelForImageClassification.from_pretrained(
         tmp_path, torch_dtype="auto"
     )
-    assert (
-        isinstance(model, transformers.ViTMSNForImageClassification)
-        and model.dtype == torch.bfloat16
-    )
+    assert isinstance(model, transformers.ViTMSNForImageClassification)
+    assert model.dtype == torch.bfloat16
     assert isinstance(transformers.AutoModel.from_pretrained(tmp_path), transformers.ViTMSNModel)
     assert model.config.id2label == labels and model.config.num_labels == 3
     assert model.config.label2id == {name: i for i, name in labels.items()}
@@ -351,7 +342,8 @@ def test_the_auto_classes_load_our_folders_and_their_configs_agree(tmp_path):
         assert getattr(model.config, name) == value, name
 
 
-def test_their_defaults_are_ours_and_their_configs_come_back(tmp_path):
+def test_default_configs_are_the_same_and_one_of_transformers_is_read(tmp_path):
+    """Default configs agree, and one written there is read without a loss."""
     reference = transformers.ViTMSNConfig()
     for name in (
         "hidden_size",
@@ -378,7 +370,8 @@ def test_their_defaults_are_ours_and_their_configs_come_back(tmp_path):
     assert {key: ours[key] for key in written if key != "architectures"} == written
 
 
-def test_what_they_refuse_we_refuse():
+def test_images_that_transformers_refuses_are_refused():
+    """Both refuse images of another size and of another number of channels."""
     reference = theirs("ViTMSNModel")
     ours = ViTMSNModel(ViTMSNConfig(**SMALL))
     for images in (randn(1, 3, 48, 48), randn(1, 1, 32, 32)):
