@@ -110,8 +110,8 @@ def measure(cases: dict[Any, Case], setup: Setup) -> dict[Any, dict[str, float]]
 
     results = time_in_turn({name: case.prepare() for name, case in cases.items()}, setup)
 
-    for name, peak in memory.items():
-        results[name]["memory"] = peak
+    for name, mebibytes in memory.items():
+        results[name]["memory"] = mebibytes
     return results
 
 
@@ -143,7 +143,7 @@ def seconds_of(run: Callable[[Any], Any], x, setup: Setup) -> float:
 
 def peak_memory(case: Case, setup: Setup) -> float:
     """MiB that a case needs at most, measured in a process of its own."""
-    # A pool raises BrokenProcessPool if the system kills its process, for want of memory or else.
+    # If the system kills the process, for want of memory, the pool raises BrokenProcessPool.
     with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
         return pool.submit(peak_memory_here, case, setup).result() / 2**20
 
@@ -164,7 +164,7 @@ def peak_memory_here(case: Case, setup: Setup) -> int:
 
 
 # ---- Operations ----------------------------------------------------------------------------------
-# Counted are the matrix products, as torch's FlopCounterMode does: the rest is below 1 %.
+# Only matrix products are counted, as by torch's FlopCounterMode.
 
 
 def matmul_peak(precision: str, setup: Setup) -> float:
@@ -185,8 +185,8 @@ def forward_flops(config: ViTMSNConfig, num_patches: int, class_token_only: bool
     n = 1 + num_patches  # tokens: the class token and the patches
     layers = config.num_hidden_layers
 
-    # Summed over all layers. In each, all tokens are keys and values; those that are computed on
-    # are queries, and go through the output projection and the MLP.
+    # Summed over all layers. A layer makes a key and a value of every token. Only the tokens that
+    # it hands on have a query, and pass through the output projection and the MLP.
     keys = layers * n
     queries = (layers - 1) * n + (1 if class_token_only else n)
 
@@ -223,19 +223,19 @@ def anchor_flops(config: TrainConfig, num_patches: int) -> int:
 
 def step_flops(config: TrainConfig) -> int:
     """FLOPs of one pretraining step: the target view forward, the anchor views also backward."""
-    patches = (config.image_size // config.patch_size) ** 2
-    focal_patches = (config.focal_size // config.patch_size) ** 2
-    patches_to_keep = num_patches_to_keep(patches, config.mask_ratio)
+    n = (config.image_size // config.patch_size) ** 2  # patches of a target or random view
+    r = num_patches_to_keep(n, config.mask_ratio)  # patches to keep of a random view
+    n_focal = (config.focal_size // config.patch_size) ** 2
 
-    target = forward_flops(config.model_config(), patches) + head_flops(config)
-    random = config.random_views * anchor_flops(config, patches_to_keep)
-    focal = config.focal_views * anchor_flops(config, focal_patches)
+    target = forward_flops(config.model_config(), n) + head_flops(config)
+    random = config.random_views * anchor_flops(config, r)
+    focal = config.focal_views * anchor_flops(config, n_focal)
     return config.batch_size * (target + random + focal)
 
 
 # ---- Suites --------------------------------------------------------------------------------------
-# Each measures its cases and returns the records of its table, dicts by column name. Its docstring
-# is what `python bench.py SUITE --help` says.
+# A suite is a function that measures cases and returns the records of its table, dicts by column
+# name. Its docstring is what `python bench.py SUITE --help` says.
 
 # ---- Suite inference: forward passes
 
@@ -268,7 +268,11 @@ class ForwardCase(Case):
         def new_images() -> Tensor:
             return torch.randn(shape, device=self.device).to(dtype)
 
-        return Timed(new_images, torch.inference_mode()(model))
+        @torch.inference_mode()
+        def forward(images: Tensor) -> None:
+            model(images)
+
+        return Timed(new_images, forward)
 
 
 def build_ours(config: ViTMSNConfig, head: str) -> nn.Module:
@@ -303,7 +307,13 @@ def inference_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup)
             for attention in args.attn:
                 for library in ("ours", *args.against):
                     cases[attention, library] = ForwardCase(
-                        library, model_config, attention, args.head, precision, batch, setup.device
+                        library=library,
+                        config=model_config,
+                        attention=attention,
+                        head=args.head,
+                        precision=precision,
+                        batch=batch,
+                        device=setup.device,
                     )
             record = {"precision": precision, "batch": batch}
             record |= inference_columns(measure(cases, setup), cases, peak)
@@ -434,7 +444,7 @@ def growth_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) ->
 
     A line for each of image size, prototypes, focal views and batch size, each attention
     implementation and each value. The time grows as this "power" of the value, since the line
-    before: 1 is linear. (A size of 2 times as many pixels makes 4 times as many patches.)
+    before: 1 is linear. (Twice the image size makes four times as many patches.)
     """
     peak = matmul_peak(config.precision, setup)
     records = []
@@ -545,10 +555,12 @@ def pillow_views(
     for v, (size, scale) in enumerate(kinds):
         boxes = crop_boxes(draws["crop"][v], sizes, scale).tolist()
         numbers = {name: of_views[v].tolist() for name, of_views in draws.items()}
+
         pixels = []
         for b, picture in enumerate(pictures):
             own_numbers = {name: of_pictures[b] for name, of_pictures in numbers.items()}
             pixels.append(pillow_view(picture, boxes[b], own_numbers, config, size))
+
         view = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device)
         views.append(normalize(view.float() / 255))
     return views

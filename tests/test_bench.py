@@ -286,7 +286,7 @@ def test_a_part_s_share_is_its_time_over_that_of_the_step(tmp_path, capsys, monk
 
 
 def test_each_part_of_a_step_does_its_work(monkeypatch):
-    """backward makes gradients, optimizer moves the anchor encoder, EMA moves the target encoder."""
+    """Backward makes gradients, optimizer moves the anchor encoder, EMA the target encoder."""
     config = make_config({"batch_size": 4, "precision": "float32"})
     model = build_model(config, Processes(0, 1, CPU))
     monkeypatch.setattr(bench, "build_model", lambda *_: model)
