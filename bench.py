@@ -660,8 +660,14 @@ def views_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> 
 # ---- The command line ----------------------------------------------------------------------------
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of every suite: what to start from, where and how to measure."""
+def add_common_flags(parser: argparse.ArgumentParser, recipe: str) -> None:
+    """Flags of every suite: what to start from (by default `recipe`), where and how to measure."""
+    parser.add_argument(
+        "--recipe",
+        default=argparse.SUPPRESS,
+        help="settings to start from; they replace the defaults of the other flags (default: "
+        f"{recipe}; with --hidden-size small-16)",
+    )
     parser.add_argument(
         "--preset",
         choices=PRESETS,
@@ -914,7 +920,7 @@ def make_parser() -> argparse.ArgumentParser:
                 instead=instead,
                 default=argparse.SUPPRESS,
             )
-        add_common_flags(subparser)
+        add_common_flags(subparser, suite.recipe)
         suite.add_flags(subparser)
     return parser
 
