@@ -666,7 +666,7 @@ def add_common_flags(parser: argparse.ArgumentParser, recipe: str) -> None:
         "--recipe",
         default=argparse.SUPPRESS,
         help="settings to start from; they replace the defaults of the other flags (default: "
-        f"{recipe}; with --hidden-size small-16)",
+        f"{recipe})",
     )
     parser.add_argument(
         "--preset",
@@ -920,7 +920,10 @@ def make_parser() -> argparse.ArgumentParser:
                 instead=instead,
                 default=argparse.SUPPRESS,
             )
-        add_common_flags(subparser, suite.recipe)
+        start = suite.recipe
+        if "hidden_size" in suite.settings:
+            start += "; with --hidden-size: small-16"
+        add_common_flags(subparser, start)
         suite.add_flags(subparser)
     return parser
 
