@@ -1,288 +1,1046 @@
-"""Benchmarks of the model, the pretraining step and the view generator, on your own machine, CPU or GPU.
+"""Benchmarks of the model, the pretraining step and the views, on your own machine, CPU or GPU.
 
-    python bench.py                             # the documented table: eager against SDPA, float32, batches 1 2 4 8
+    python bench.py                    # eager against SDPA attention, batches of 1, 2, 4 and 8
     python bench.py inference --preset small-16 --threads 1 --against transformers
+    python bench.py train --help       # what can be changed in a suite
 
-Every suite takes the flags of train_msn.py. What is compared runs interleaved (A B A B ...) after a warm-up, on inputs
-that are new at each repeat. A cell is the median time in ms [quartiles], with --memory also the peak in MiB.
+The suites: inference (forward passes), train (a training step and its parts), masking (what dropped
+patches save), growth (what a larger picture, batch, ... costs), views (our views against Pillow's).
+Each takes those flags of train_msn.py that change what it measures, and refuses the others.
+
+The cases that a suite compares run in turn (A B A B ...) after a warm-up, each time on new input.
+A cell of the table is the median time in ms [lower quartile, upper quartile]; with --memory, the
+peak memory in MiB follows.
 """
+
 import argparse
+import importlib
+import itertools
 import json
+import math
 import re
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
-from torch import Tensor
+from torch import Tensor, nn
 
 from train_msn import (
-    VIEWS, Batch, Processes, TrainConfig, UsageError, Views, add_flags, build_model, choose_precision, crop_boxes, draw_views,
-    generator_for, make_config, make_views, parameter_groups, run_program, schedule_at, start_processes, train_step)
+    VIEWS,
+    Batch,
+    Processes,
+    TrainConfig,
+    UsageError,
+    Views,
+    add_flags,
+    build_model,
+    choose_precision,
+    crop_boxes,
+    draw_views,
+    generator_for,
+    make_config,
+    make_views,
+    parameter_groups,
+    run_program,
+    schedule_at,
+    start_processes,
+    train_step,
+)
 from vitmsn import (
-    PRESETS, ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel, normalize, num_patches_to_keep, write_file)
+    PRESETS,
+    ViTMSNConfig,
+    ViTMSNForImageClassification,
+    ViTMSNModel,
+    normalize,
+    num_patches_to_keep,
+    write_file,
+)
 
-# ---- Measuring. A case is a tuple (make, *arguments): make gives two functions, of a new input and what to time ------
-def seconds_of(run, x, args: argparse.Namespace) -> float:
-    """Time of run(x) by the clock, until the device has done it."""
-    synchronize = getattr(torch, args.device.type).synchronize  # on a CPU there is nothing to wait for
-    synchronize()
-    start = args.clock()
-    run(x)
-    synchronize()
-    return args.clock() - start
+# ---- Measuring -----------------------------------------------------------------------------------
 
-def measure(cases: dict, args: argparse.Namespace, memory: bool) -> dict:
-    """Seconds (median, quartiles) and MiB of each case. Interleaved: what disturbs the machine disturbs all alike."""
-    results, seconds = {name: {} for name in cases}, {name: [] for name in cases}
-    for name, case in cases.items() if memory else ():
-        with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:  # killed, it says so
-            results[name]["memory"] = pool.submit(peak_memory, args.threads, args.device, *case).result() / 2**20
-    ready = {name: make(*arguments) for name, (make, *arguments) in cases.items()}
-    for _ in range(2 + args.repeats):  # the first two warm up
-        for name, (new_input, run) in ready.items():
-            seconds[name].append(seconds_of(run, new_input(), args))
-    for name, result in results.items():
-        result["median"], result["low"], result["high"] = np.quantile(seconds[name][2:], (0.5, 0.25, 0.75)).tolist()
+WARM_UPS = 2  # first runs of each case that do not count
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how everything is measured."""
+
+    device: torch.device
+    threads: int
+    repeats: int
+    memory: bool  # measure the peak memory, too
+    clock: Callable[[], float]  # seconds: of the wall clock, or of this process's computing
+
+
+class Timed(NamedTuple):
+    """Something to time: run(new_input()). Only `run` is timed, not the making of its input."""
+
+    new_input: Callable[[], Any]
+    run: Callable[[Any], Any]
+
+
+class Case:
+    """One thing to measure, described by plain fields; each suite has a dataclass of its own.
+
+    Peak memory is measured in a process of its own, which gets the case by pickle. So a case holds
+    settings only: the model and the data are made by prepare(), in the process that runs them.
+    """
+
+    def prepare(self) -> Timed:
+        raise NotImplementedError
+
+
+def measure(cases: dict[Any, Case], setup: Setup) -> dict[Any, dict[str, float]]:
+    """Times of all cases and, with setup.memory, their peak memory.
+
+    -> name of the case -> {"median", "low", "high"} in seconds (low and high are the quartiles),
+    and "memory" in MiB.
+    """
+    memory = {}
+    if setup.memory:
+        for name, case in cases.items():
+            memory[name] = peak_memory(case, setup)
+
+    results = time_in_turn({name: case.prepare() for name, case in cases.items()}, setup)
+
+    for name, mebibytes in memory.items():
+        results[name]["memory"] = mebibytes
     return results
 
-def peak_memory(threads: int, device: torch.device, make, *arguments) -> int:
-    """In a process of its own: bytes that this case needs at most, allocated on CUDA, on a CPU resident."""
-    torch.set_num_threads(threads)
-    new_input, run = make(*arguments)
+
+def time_in_turn(timed: dict[Any, Timed], setup: Setup) -> dict[Any, dict[str, float]]:
+    """Times in turn, A B A B ...: what disturbs the machine then disturbs all alike."""
+    seconds = {name: [] for name in timed}
+    for _ in range(WARM_UPS + setup.repeats):
+        for name, (new_input, run) in timed.items():
+            seconds[name].append(seconds_of(run, new_input(), setup))
+
+    results = {}
+    for name, values in seconds.items():
+        low, median, high = np.quantile(values[WARM_UPS:], (0.25, 0.5, 0.75)).tolist()
+        results[name] = {"median": median, "low": low, "high": high}
+    return results
+
+
+def seconds_of(run: Callable[[Any], Any], x, setup: Setup) -> float:
+    """Seconds that run(x) takes, until the device has finished it."""
+    # A GPU works on while Python goes ahead. On a CPU there is nothing to wait for.
+    synchronize = getattr(torch, setup.device.type).synchronize
+
+    synchronize()
+    start = setup.clock()
+    run(x)
+    synchronize()
+    return setup.clock() - start
+
+
+def peak_memory(case: Case, setup: Setup) -> float:
+    """MiB that a case needs at most, measured in a process of its own."""
+    # If the system kills the process, for want of memory, the pool raises BrokenProcessPool.
+    with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_memory_here, case, setup).result() / 2**20
+
+
+def peak_memory_here(case: Case, setup: Setup) -> int:
+    """Bytes that this process needs at most: allocated on a GPU, resident on a CPU."""
+    torch.set_num_threads(setup.threads)
+    new_input, run = case.prepare()
     for _ in range(2):
         run(new_input())
-    if device.type == "cuda":
+
+    if setup.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     # Not getrusage: its maximum includes the process that started this one.
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    status = Path("/proc/self/status").read_text()
+    kibibytes = re.search(r"VmHWM:\s+(\d+)", status)[1]
+    return 1024 * int(kibibytes)
 
-def matmul_peak(precision: str, args: argparse.Namespace) -> float:
-    """The best FLOP/s of a large square matrix product."""
-    side = 8192 if args.device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=args.device, dtype=getattr(torch, precision))
-    return 2 * side**3 / min(seconds_of(a.mm, a, args) for _ in range(5))
 
-def forward_flops(config: ViTMSNConfig, patches: int, class_token_only: bool = True) -> int:
-    """Of one image through the encoder, a product and its sum as two. class_token_only: in the last layer."""
-    d, n = config.hidden_size, 1 + patches
-    queries = n * (config.num_hidden_layers - 1) + (1 if class_token_only else n)  # in all layers; the keys: n in each
-    linear = queries * d * (2 * d + 2 * config.intermediate_size) + config.num_hidden_layers * n * 2 * d * d
-    return 2 * (patches * config.num_channels * config.patch_size**2 * d + linear + 2 * queries * n * d)
+# ---- Operations ----------------------------------------------------------------------------------
+# Only matrix products are counted, as by torch's FlopCounterMode.
+
+
+def matmul_peak(precision: str, setup: Setup) -> float:
+    """The best speed of a large square matrix product, in FLOP/s."""
+    side = 8192 if setup.device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=setup.device, dtype=getattr(torch, precision))
+    seconds = [seconds_of(a.mm, a, setup) for _ in range(5)]
+    return 2 * side**3 / min(seconds)
+
+
+def forward_flops(config: ViTMSNConfig, num_patches: int, class_token_only: bool = True) -> int:
+    """FLOPs of one forward pass of one image, a multiply-add counted as two.
+
+    num_patches: how many the encoder sees, without those that a mask drops. class_token_only: in
+    the last layer only the class token is computed, which is all that pretraining looks at.
+    """
+    d = config.hidden_size
+    n = 1 + num_patches  # tokens: the class token and the patches
+    layers = config.num_hidden_layers
+
+    # Summed over all layers. A layer makes a key and a value of every token. Only the tokens that
+    # it hands on have a query, and pass through the output projection and the MLP.
+    keys = layers * n
+    queries = (layers - 1) * n + (1 if class_token_only else n)
+
+    patch_embedding = num_patches * config.num_channels * config.patch_size**2 * d
+    key_and_value = keys * 2 * d**2
+    query_and_output = queries * 2 * d**2
+    attention = queries * 2 * n * d  # similarities with n keys, and the weighted sum of n values
+    mlp = queries * 2 * d * config.intermediate_size
+
+    multiply_adds = patch_embedding + key_and_value + query_and_output + attention + mlp
+    return 2 * multiply_adds
+
+
+def head_flops(config: TrainConfig) -> int:
+    """FLOPs of one projection of one image and its similarities with the prototypes, forward."""
+    d = config.hidden_size
+    hidden = config.head_hidden_size
+    e = config.output_dim
+    projection = d * hidden + hidden**2 + hidden * e
+    similarities = e * config.num_prototypes
+    return 2 * (projection + similarities)
+
+
+def anchor_flops(config: TrainConfig, num_patches: int) -> int:
+    """FLOPs of one anchor view of one image, forward and backward."""
+    model = config.model_config()
+    forward = forward_flops(model, num_patches) + head_flops(config)
+    # Backward there are two products for each one forward: the gradients of its two factors.
+    # But pixels need no gradient, so the patch embedding has only one of the two.
+    pixels = num_patches * model.num_channels * model.patch_size**2
+    spared = 2 * pixels * model.hidden_size
+    return 3 * forward - spared
+
 
 def step_flops(config: TrainConfig) -> int:
-    """Of one pretraining step: the target's forward pass, the anchors' and their backward pass, twice as much."""
-    model, hidden, e = config.model_config(), config.head_hidden_size, config.output_dim
-    whole, focal = ((size // config.patch_size) ** 2 for size in (config.image_size, config.focal_size))
-    anchors = [num_patches_to_keep(whole, config.mask_ratio)] * config.random_views + [focal] * config.focal_views
-    head = 2 * (config.hidden_size * hidden + hidden**2 + hidden * e + e * config.num_prototypes)
-    pixels = 2 * 3 * config.patch_size**2 * config.hidden_size  # need no gradient: one product less for each patch
-    per_image = sum(3 * (forward_flops(model, n) + head) - n * pixels for n in anchors)
-    return config.batch_size * (per_image + forward_flops(model, whole) + head)
+    """FLOPs of one pretraining step: the target view forward, the anchor views also backward."""
+    n = (config.image_size // config.patch_size) ** 2  # patches of a target or random view
+    r = num_patches_to_keep(n, config.mask_ratio)  # patches to keep of a random view
+    n_focal = (config.focal_size // config.patch_size) ** 2
 
-# ---- Suites: each returns the rows of its table ----------------------------------------------------------------------
-def forward_case(library: str, config: ViTMSNConfig, attn: str, head: str, precision: str, batch: int, device):
-    """A forward pass without autograd, of our model or that of transformers, with random weights."""
-    config.attn_implementation = "eager" if attn == "eager" else "sdpa"
-    if library == "ours":
-        model = {"model": ViTMSNModel, "classifier": ViTMSNForImageClassification}[head](config)
+    target = forward_flops(config.model_config(), n) + head_flops(config)
+    random = config.random_views * anchor_flops(config, r)
+    focal = config.focal_views * anchor_flops(config, n_focal)
+    return config.batch_size * (target + random + focal)
+
+
+# ---- Suites --------------------------------------------------------------------------------------
+# A suite is a function that measures cases and returns the records of its table, dicts by column
+# name. Its docstring is what `python bench.py SUITE --help` says.
+
+# ---- Suite inference: forward passes
+
+
+@dataclass(frozen=True)
+class ForwardCase(Case):
+    """A forward pass without gradients, of a model with random weights."""
+
+    library: str  # "ours" or "transformers"
+    config: ViTMSNConfig
+    attention: str  # "eager", "sdpa", or "compiled": SDPA through torch.compile
+    head: str  # "model" or "classifier"
+    precision: str
+    batch: int
+    device: torch.device
+
+    def prepare(self) -> Timed:
+        implementation = "eager" if self.attention == "eager" else "sdpa"
+        config = replace(self.config, attn_implementation=implementation)
+        dtype = getattr(torch, self.precision)
+        build = build_ours if self.library == "ours" else build_transformers
+        model = build(config, self.head).to(self.device, dtype).eval()
+        if self.attention == "compiled":
+            # At batch 1 a GPU spends most of the time on starting kernels; CUDA graphs spare that.
+            mode = "reduce-overhead" if self.device.type == "cuda" else None
+            model.compile(mode=mode)
+
+        shape = (self.batch, config.num_channels, config.image_size, config.image_size)
+
+        def new_images() -> Tensor:
+            return torch.randn(shape, device=self.device).to(dtype)
+
+        @torch.inference_mode()
+        def forward(images: Tensor) -> None:
+            model(images)
+
+        return Timed(new_images, forward)
+
+
+def build_ours(config: ViTMSNConfig, head: str) -> nn.Module:
+    """Our backbone ("model") or our classifier."""
+    return ViTMSNModel(config) if head == "model" else ViTMSNForImageClassification(config)
+
+
+def build_transformers(config: ViTMSNConfig, head: str) -> nn.Module:
+    """The same model by the transformers library."""
+    import transformers
+
+    if head == "model":
+        auto_class = transformers.AutoModel
     else:
-        import transformers
-        auto = {"model": transformers.AutoModel, "classifier": transformers.AutoModelForImageClassification}[head]
-        theirs = transformers.ViTMSNConfig(**config.to_dict())
-        model = auto.from_config(theirs, attn_implementation=config.attn_implementation)
-    dtype = getattr(torch, precision)
-    model = model.to(device, dtype).eval()
-    if attn == "compiled":  # CUDA graphs spare the launches, which at batch 1 take most of the time
-        model.compile(mode="reduce-overhead" if device.type == "cuda" else None)
-    shape = batch, config.num_channels, config.image_size, config.image_size
-    return lambda: torch.randn(shape, device=device).to(dtype), torch.inference_mode()(model)
+        auto_class = transformers.AutoModelForImageClassification
+    theirs = transformers.ViTMSNConfig(**config.to_dict())
+    return auto_class.from_config(theirs, attn_implementation=config.attn_implementation)
 
-def inference(args: argparse.Namespace) -> list[dict]:
-    """A row for each precision and batch size, a column for each attention path and library."""
-    config, rows = training_config(args, "base-16", focal_views=0).model_config(), []
-    flops = forward_flops(config, config.grid_size**2, args.head == "classifier")
+
+def inference_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> list[dict]:
+    """Forward passes of whole images: the attention implementations, and other libraries, compared.
+
+    A line for each precision and batch size. "Of peak" is the share of the speed that the machine
+    reaches in a large matrix product; "transformers / ours" above 1 means that ours is faster.
+    """
+    model_config = config.model_config()
+    records = []
     for precision in args.precisions:
-        peak = matmul_peak(precision, args)
+        peak = matmul_peak(precision, setup)
         for batch in args.batch_sizes:
-            row, rest = {"precision": precision, "batch": batch}, (args.head, precision, batch, args.device)
-            results = measure({(attn, library): (forward_case, library, config, attn, *rest)
-                               for attn in args.attn for library in ("ours", *args.against)}, args, args.memory)
-            for attn in args.attn:
-                ours = results[attn, "ours"]["median"]
-                row |= {attn: results[attn, "ours"], f"{attn}, of peak": batch * flops / ours / peak}
-                for other in args.against:
-                    result = results[attn, other]
-                    row |= {f"{attn}, {other}": result, f"{attn}, {other} / ours": result["median"] / ours}
-            if {"eager", "sdpa"} <= set(args.attn):
-                row["eager / sdpa"] = row["eager"]["median"] / row["sdpa"]["median"]
-            rows.append(row)
-    return rows
+            cases = {}
+            for attention in args.attn:
+                for library in ("ours", *args.against):
+                    cases[attention, library] = ForwardCase(
+                        library=library,
+                        config=model_config,
+                        attention=attention,
+                        head=args.head,
+                        precision=precision,
+                        batch=batch,
+                        device=setup.device,
+                    )
+            record = {"precision": precision, "batch": batch}
+            record |= inference_columns(measure(cases, setup), cases, peak)
+            records.append(record)
+    return records
 
-def views_case(config: TrainConfig, source: list[int], device: torch.device):
-    """All views of a batch of decoded pictures of `source` = height, width."""
-    sizes = torch.tensor([source] * config.batch_size)
-    return (lambda: Batch(torch.randint(256, (len(sizes), *source, 3), dtype=torch.uint8).movedim(3, 1), sizes, [], []),
-            lambda x: make_views(x._replace(images=x.images.to(device)), config, 0, slice(0, len(sizes))))
 
-def step_parts(part: str, config: TrainConfig, attn: str, source: list[int], device: torch.device):
-    """One part of a pretraining step from decoded pictures, or ("") all by name. attn: of the anchor encoder."""
-    model, (pictures, views_of) = build_model(config, Processes(0, 1, device)), views_case(config, source, device)
+def inference_columns(results: dict, cases: dict[tuple, ForwardCase], peak: float) -> dict:
+    """The columns of one precision and batch size: each case's times, and their ratios.
+
+    results and cases: by attention and library.
+    """
+    columns = {}
+    for (attention, library), case in cases.items():
+        result = results[attention, library]
+        ours = results[attention, "ours"]
+        if library == "ours":
+            patches = case.config.grid_size**2
+            flops = case.batch * forward_flops(case.config, patches, case.head == "classifier")
+            columns[attention] = result
+            columns[f"{attention}, of peak"] = flops / result["median"] / peak
+        else:
+            columns[f"{attention}, {library}"] = result
+            columns[f"{attention}, {library} / ours"] = result["median"] / ours["median"]
+
+    if "eager" in columns and "sdpa" in columns:
+        columns["eager / sdpa"] = columns["eager"]["median"] / columns["sdpa"]["median"]
+    return columns
+
+
+# ---- Suites train, masking and growth: pretraining steps
+
+AS_TRAINED = "as trained"  # the attention implementation that train_msn.py chooses by itself
+
+
+@dataclass(frozen=True)
+class StepCase(Case):
+    """One whole pretraining step, from decoded pictures to the moved target encoder."""
+
+    config: TrainConfig
+    attention: str  # of the anchor encoder: "eager", "sdpa" or AS_TRAINED
+    source_size: list[int]  # height and width of the pictures
+    device: torch.device
+
+    def prepare(self) -> Timed:
+        return step_parts(self.config, self.attention, self.source_size, self.device)["step"]
+
+
+def step_parts(
+    config: TrainConfig, attention: str, source_size: list[int], device: torch.device
+) -> dict[str, Timed]:
+    """A pretraining step ("step") and each of its parts, all of one model; arguments as StepCase's.
+
+    The input of each part is what the parts before it make, and is not timed.
+    """
+    model = build_model(config, Processes(0, 1, device))
+    if attention != AS_TRAINED:
+        model.anchor_encoder.set_attn_implementation(attention)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
-    now = schedule_at(config, 1, 100)
-    model.anchor_encoder.set_attn_implementation(attn or model.anchor_encoder.config.attn_implementation)
+    now = schedule_at(config, 1, 100)  # the second step of an epoch of 100 steps
+    new_batch, views_of = ViewsCase(config, source_size, device).prepare()
 
     def step(batch: Batch) -> None:
-        train_step(model, optimizer, *views_of(batch), now, config.clip_grad, config.precision)
+        views = views_of(batch)
+        train_step(model, optimizer, *views, now, config.clip_grad, config.precision)
+
+    def new_views() -> Views:
+        return views_of(new_batch())
 
     def forward(views: Views) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             return model(*views, now.sharpening).loss
 
-    case = {"step": (pictures, step), "views": (pictures, views_of), "forward": (lambda: views_of(pictures()), forward),
-            "backward": (lambda: forward(views_of(pictures())), Tensor.backward),
-            "optimizer": (lambda: None, lambda _: optimizer.step()),
-            "EMA": (lambda: None, lambda _: model.update_target(now.momentum))}
-    return case[part] if part else case
+    def new_loss() -> Tensor:
+        return forward(new_views())
 
-def train(args: argparse.Namespace) -> list[dict]:
-    """A row for each attention path and each value of what varies: a mask ratio, a size, a number."""
-    unmasked = {"focal_views": 0} if args.suite == "masking" else {}  # focal views would hide what masking spares
-    base, rows = training_config(args, **unmasked), []
-    peak = matmul_peak(base.precision, args)
-    series = {"train": {"mask_ratio": [base.mask_ratio]}, "masking": {"mask_ratio": [i / 10 for i in range(10)]},
-              "growth": {field: [max(getattr(base, field), 1) * factor for factor in (1, 2, 4)]
-                         for field in ("image_size", "num_prototypes", "focal_views", "batch_size")}}[args.suite]
-    for field, values in series.items():
-        configs = {value: replace(base, **{field: value}) for value in values}
-        cases = {(attn, value): (step_parts, "step", config, attn, args.source_size, args.device)
-                 for attn in args.attn for value, config in configs.items()}
-        for (attn, value), result in measure(cases, args, args.memory).items():
-            flops, seconds = step_flops(configs[value]), result["median"]
-            rows.append({"attention": attn or "as trained", field: value, "step": result, "GFLOP": flops / 1e9,
-                         "images/s": configs[value].batch_size / seconds, "of peak": flops / seconds / peak})
-            if args.suite == "growth" and value > values[0]:  # of what varies, for the time; a size's 2 is linear
-                rows[-1]["power"] = np.log2(seconds / rows[-2]["step"]["median"])
-            if args.suite == "train":
-                parts = step_parts("", *cases[attn, value][2:])
-                times = measure({part: (parts.get, part) for part in parts}, args, memory=False)
-                rows[-1] |= {part: times[part]["median"] / times["step"]["median"] for part in list(parts)[1:]}
-    return rows
+    def nothing() -> None:
+        return None
 
-def pillow_view(image: Image.Image, box: list[int], u: dict[str, list], config: TrainConfig, size: int) -> np.ndarray:
-    """A view the usual way: one picture at a time, by Pillow, from the same random numbers. -> size size 3."""
+    def update_weights(_) -> None:
+        optimizer.step()
+
+    def update_target(_) -> None:
+        model.update_target(now.momentum)
+
+    return {
+        "step": Timed(new_batch, step),
+        "views": Timed(new_batch, views_of),
+        "forward": Timed(new_views, forward),
+        "backward": Timed(new_loss, Tensor.backward),
+        "optimizer": Timed(nothing, update_weights),
+        "EMA": Timed(nothing, update_target),
+    }
+
+
+def train_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> list[dict]:
+    """One pretraining step: its time, its peak memory, and the share that each part takes of it.
+
+    A line for each attention implementation. The parts are timed one by one, so that their shares
+    need not add up to 1.
+    """
+    peak = matmul_peak(config.precision, setup)
+    records = step_records([config], "mask_ratio", peak, args, setup)
+    for record in records:
+        parts = step_parts(config, record["attention"], args.source_size, setup.device)
+        results = time_in_turn(parts, setup)
+        whole = results.pop("step")
+        for part, result in results.items():
+            record[part] = result["median"] / whole["median"]
+    return records
+
+
+def masking_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> list[dict]:
+    """What masking saves: a step with mask ratios from 0 to 0.9, without focal views by default.
+
+    A line for each attention implementation and each mask ratio.
+    """
+    peak = matmul_peak(config.precision, setup)
+    configs = [replace(config, mask_ratio=tenths / 10) for tenths in range(10)]
+    return step_records(configs, "mask_ratio", peak, args, setup)
+
+
+GROWING = ("image_size", "num_prototypes", "focal_views", "batch_size")
+
+
+def growth_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> list[dict]:
+    """What growth costs: a step with one setting doubled and doubled again, the others as given.
+
+    A line for each of image size, prototypes, focal views and batch size, each attention
+    implementation and each value. The time grows as this "power" of the value, since the line
+    before: 1 is linear. (Twice the image size makes four times as many patches.)
+    """
+    peak = matmul_peak(config.precision, setup)
+    records = []
+    for name in GROWING:
+        start = max(getattr(config, name), 1)
+        configs = [replace(config, **{name: factor * start}) for factor in (1, 2, 4)]
+        own_records = step_records(configs, name, peak, args, setup)
+        for before, record in itertools.pairwise(own_records):
+            if record[name] > before[name]:  # else the next attention implementation begins
+                slower = record["step"]["median"] / before["step"]["median"]
+                record["power"] = math.log2(slower)
+        records += own_records
+    return records
+
+
+def step_records(
+    configs: list[TrainConfig], varied: str, peak: float, args: argparse.Namespace, setup: Setup
+) -> list[dict]:
+    """Records of whole steps, by attention implementation, then by the setting that is varied.
+
+    configs: settings that differ in nothing but `varied`. peak: of matmul_peak, in FLOP/s.
+    """
+    cases = {}
+    for attention in args.attn:
+        for config in configs:
+            case = StepCase(config, attention, args.source_size, setup.device)
+            cases[attention, getattr(config, varied)] = case
+
+    records = []
+    for (attention, value), result in measure(cases, setup).items():
+        config = cases[attention, value].config
+        flops = step_flops(config)
+        seconds = result["median"]
+        record = {
+            "attention": attention,
+            varied: value,
+            "step": result,
+            "GFLOP": flops / 1e9,
+            "images/s": config.batch_size / seconds,
+            "of peak": flops / seconds / peak,
+        }
+        records.append(record)
+    return records
+
+
+# ---- Suite views: our views against Pillow's
+
+
+@dataclass(frozen=True)
+class ViewsCase(Case):
+    """All views of a batch of random pictures by our view generator, on the device."""
+
+    config: TrainConfig
+    source_size: list[int]  # height and width of the pictures
+    device: torch.device
+
+    def prepare(self) -> Timed:
+        count = self.config.batch_size
+        height, width = self.source_size
+        sizes = torch.tensor([self.source_size] * count)
+
+        def new_batch() -> Batch:
+            pixels = torch.randint(256, (count, height, width, 3), dtype=torch.uint8)
+            return Batch(pixels.permute(0, 3, 1, 2), sizes, [], [])
+
+        def views_of(batch: Batch) -> Views:
+            batch = batch._replace(images=batch.images.to(self.device))
+            return make_views(batch, self.config, 0, slice(0, count))
+
+        return Timed(new_batch, views_of)
+
+
+@dataclass(frozen=True)
+class PillowCase(Case):
+    """The same views of the same pictures, from the same random numbers, by Pillow."""
+
+    config: TrainConfig
+    source_size: list[int]  # height and width of the pictures
+    device: torch.device
+
+    def prepare(self) -> Timed:
+        new_batch, _ = ViewsCase(self.config, self.source_size, self.device).prepare()
+
+        def new_pictures() -> list[Image.Image]:
+            images = new_batch().images.permute(0, 2, 3, 1)
+            return [Image.fromarray(pixels.numpy()) for pixels in images]
+
+        def views_of(pictures: list[Image.Image]) -> list[Tensor]:
+            return pillow_views(pictures, self.config, self.device)
+
+        return Timed(new_pictures, views_of)
+
+
+def pillow_views(
+    pictures: list[Image.Image], config: TrainConfig, device: torch.device
+) -> list[Tensor]:
+    """The target view, the random views, the focal views of b pictures of one size.
+
+    -> for each view b 3 size size, normalised, on the device
+    """
+    whole = (config.image_size, config.crop_scale)
+    focal = (config.focal_size, config.focal_scale)
+    kinds = [whole] * (1 + config.random_views) + [focal] * config.focal_views
+    draws = draw_views(len(pictures), len(kinds), generator_for(config.seed, VIEWS, 0))
+    sizes = torch.tensor([[picture.height, picture.width] for picture in pictures])
+
+    views = []
+    for v, (size, scale) in enumerate(kinds):
+        boxes = crop_boxes(draws["crop"][v], sizes, scale).tolist()
+        numbers = {name: of_views[v].tolist() for name, of_views in draws.items()}
+
+        pixels = []
+        for b, picture in enumerate(pictures):
+            own_numbers = {name: of_pictures[b] for name, of_pictures in numbers.items()}
+            pixels.append(pillow_view(picture, boxes[b], own_numbers, config, size))
+
+        view = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device)
+        views.append(normalize(view.float() / 255))
+    return views
+
+
+def pillow_view(
+    picture: Image.Image,
+    box: list[int],
+    numbers: dict[str, list[float]],
+    config: TrainConfig,
+    size: int,
+) -> np.ndarray:
+    """One view of one picture. -> size size 3, uint8
+
+    box: top, left, height, width. numbers: what draw_views drew for this view of this picture,
+    uniform in [0, 1).
+    """
     top, left, height, width = box
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
-    if u["flip"][0] < config.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for kind in np.argsort(u["order"]) if u["jitter"][0] < config.jitter else ():
-        change = config.color_jitter * (2 * u["factors"][kind] - 1)
-        if kind < 3:
-            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind]
-            image = enhance(image).enhance(1 + 0.8 * change)
+    corners = (left, top, left + width, top + height)
+    picture = picture.resize((size, size), Image.Resampling.BILINEAR, box=corners)
+
+    if numbers["flip"][0] < config.flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+    if numbers["jitter"][0] < config.jitter:
+        picture = pillow_color_jitter(
+            picture, config.color_jitter, numbers["factors"], numbers["order"]
+        )
+
+    if numbers["grey"][0] < config.grey:
+        picture = picture.convert("L").convert("RGB")
+
+    blur, strength = numbers["blur"]
+    if blur < config.blur:
+        low, high = config.blur_sigma
+        sigma = low + (high - low) * strength
+        picture = picture.filter(ImageFilter.GaussianBlur(sigma))
+
+    return np.asarray(picture)
+
+
+# SimCLR's jitter at strength 1: brightness, contrast and saturation change by a factor of up to
+# 1 +- 0.8, the hue turns by up to +- 0.2 of the full circle.
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+LARGEST_CHANGE = 0.8
+LARGEST_TURN = 0.2
+
+
+def pillow_color_jitter(
+    picture: Image.Image, strength: float, factors: list[float], order: list[float]
+) -> Image.Image:
+    """Brightness, contrast, saturation and hue, changed in a random order.
+
+    factors: how much each of the four changes; order: whose ranks are their turns; all in [0, 1).
+    """
+    for kind in np.argsort(order):
+        change = strength * (2 * factors[kind] - 1)  # uniform between -strength and strength
+        if kind < len(ENHANCERS):
+            picture = ENHANCERS[kind](picture).enhance(1 + LARGEST_CHANGE * change)
         else:
-            hue, *others = image.convert("HSV").split()
-            turned = Image.fromarray(np.asarray(hue) + np.uint8(round(0.2 * 256 * change) % 256))
-            image = Image.merge("HSV", (turned, *others)).convert("RGB")
-    image = image.convert("L").convert("RGB") if u["grey"][0] < config.grey else image
-    if u["blur"][0] < config.blur:
-        image = image.filter(ImageFilter.GaussianBlur(float(np.interp(u["blur"][1], (0, 1), config.blur_sigma))))
-    return np.asarray(image)
+            picture = turn_hue(picture, LARGEST_TURN * change)
+    return picture
 
-def pillow_case(config: TrainConfig, source: list[int], device: torch.device):
-    """The same views as views_case's, by Pillow."""
-    pictures, sizes = views_case(config, source, device)[0], torch.tensor([source] * config.batch_size)
-    views = [(config.image_size, config.crop_scale)] * (1 + config.random_views)
-    views += [(config.focal_size, config.focal_scale)] * config.focal_views
 
-    def run(images: list[Image.Image]) -> None:
-        draws = draw_views(len(images), len(views), generator_for(config.seed, VIEWS, 0))
-        for v, (size, scale) in enumerate(views):
-            boxes, u = crop_boxes(draws["crop"][v], sizes, scale).tolist(), {k: x[v].tolist() for k, x in draws.items()}
-            pixels = np.stack([pillow_view(image, boxes[b], {name: rows[b] for name, rows in u.items()}, config, size)
-                               for b, image in enumerate(images)])
-            normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device).float() / 255)
+def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
+    """Shift the hue by a fraction of the full circle, which Pillow divides into 256."""
+    hue, saturation, value = picture.convert("HSV").split()
+    shift = np.uint8(round(256 * turn) % 256)
+    turned = Image.fromarray(np.asarray(hue) + shift)  # beyond 255, uint8 starts at 0 again
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
-    return lambda: [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pictures().images], run
 
-def views(args: argparse.Namespace) -> list[dict]:
-    """The view generator against Pillow, which computes one picture at a time on the CPU."""
-    config = training_config(args)
-    results = measure({name: (case, config, args.source_size, args.device)
-                       for name, case in (("ours", views_case), ("Pillow", pillow_case))}, args, args.memory)
-    return [{"source": "{}x{}".format(*args.source_size), "views": 1 + config.random_views + config.focal_views,
-             **results, "Pillow / ours": results["Pillow"]["median"] / results["ours"]["median"]}]
+def views_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> list[dict]:
+    """Our view generator against Pillow, which makes one view of one picture at a time, on the CPU.
 
-# ---- The command line ------------------------------------------------------------------------------------------------
-SUITES = {"inference": inference, "masking": train, "train": train, "growth": train, "views": views}
+    "Pillow / ours" above 1 means that ours is faster.
+    """
+    cases = {
+        "ours": ViewsCase(config, args.source_size, setup.device),
+        "Pillow": PillowCase(config, args.source_size, setup.device),
+    }
+    results = measure(cases, setup)
 
-def training_config(args: argparse.Namespace, recipe: str = "demo", **defaults) -> TrainConfig:
-    """Settings by train_msn.py's flags: a preset's or recipe's; a bare width changes small-16; else `recipe`."""
-    given = {name: value for name, value in vars(args).items() if name in TrainConfig.__dataclass_fields__}
-    recipe = args.preset or given.get("recipe") or ("small-16" if "hidden_size" in given else recipe)
-    small_batch = {"batch_size": 8} if recipe in PRESETS else {}  # the published 1024 must be asked for
-    config = make_config({**small_batch, **defaults, **given, "recipe": recipe, "device": args.device.type})
-    args.source_size = args.source_size or [config.image_size * (1 if config.image_size < 64 else 2)] * 2
-    return replace(config, precision=choose_precision(config.precision, args.device))
+    height, width = args.source_size
+    ours = results["ours"]
+    pillow = results["Pillow"]
+    record = {
+        "source": f"{height}x{width}",
+        "views": 1 + config.random_views + config.focal_views,
+        "ours": ours,
+        "Pillow": pillow,
+        "Pillow / ours": pillow["median"] / ours["median"],
+    }
+    return [record]
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+def add_common_flags(parser: argparse.ArgumentParser, recipe: str) -> None:
+    """Flags of every suite: what to start from (by default `recipe`), where and how to measure."""
+    parser.add_argument(
+        "--recipe",
+        default=argparse.SUPPRESS,
+        help="settings to start from; they replace the defaults of the other flags (default: "
+        f"{recipe})",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="start from a published model and its pretraining, but with batches of 8 images",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="CPU threads that torch may use (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=10,
+        help="how often each case is timed after the warm-up (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="measure the peak memory of each case, in a process of its own; on a CPU this works "
+        "on Linux only, where train, masking and growth do it by default",
+    )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the seconds that this process computes, not those that pass: for one thread "
+        "on a CPU that is busy with other work",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the machine, the flags and the table to this file; times in seconds, memory "
+        "in MiB",
+    )
+
+
+def add_inference_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the suite inference."""
+    parser.add_argument(
+        "--attn",
+        nargs="+",
+        choices=("eager", "sdpa", "compiled"),
+        default=["eager", "sdpa"],
+        help="attention implementations to compare; compiled is SDPA through torch.compile "
+        "(default: eager sdpa)",
+    )
+    parser.add_argument(
+        "--precision",
+        dest="precisions",
+        nargs="+",
+        choices=("float32", "float16", "bfloat16"),
+        default=["float32"],
+        help="number formats of weights and images (default: float32)",
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        "--batch-size",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="images per forward pass (default: 1 2 4 8)",
+    )
+    parser.add_argument(
+        "--head",
+        choices=("model", "classifier"),
+        default="model",
+        help="the backbone alone, or with a linear classifier (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        choices=("transformers",),
+        default=[],
+        help="other libraries to compare with",
+    )
+
+
+def add_step_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the suites train, masking and growth."""
+    parser.add_argument(
+        "--attn",
+        nargs="+",
+        choices=("eager", "sdpa"),
+        default=[AS_TRAINED],
+        help="attention implementations of the anchor encoder to compare (default: the one that "
+        "train_msn.py chooses)",
+    )
+    add_source_size(parser)
+    parser.set_defaults(memory=sys.platform == "linux")
+
+
+def add_views_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the suite views."""
+    add_source_size(parser)
+    parser.set_defaults(threads=1)  # Pillow has no more
+
+
+def add_source_size(parser: argparse.ArgumentParser) -> None:
+    """The flag of all suites that start from pictures."""
+    parser.add_argument(
+        "--source-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="pixels of the random pictures that the views are cut from (default: twice the image "
+        "size, or the image size itself if that is below 64)",
+    )
+
+
+# What a suite would ignore it refuses, and says what to use instead. These are the settings of
+# train_msn.py that no suite looks at ...
+NO_FILES = "it reads no files, its pictures are random; use train_msn.py for your own."
+NO_RUN = "it times single steps, not a run; use train_msn.py for that."
+NO_MODEL = "it makes views and has no model; use bench.py train for a whole step."
+REFUSED_BY_ALL = {
+    "data": NO_FILES,
+    "data_dir": NO_FILES,
+    "num_workers": NO_FILES,
+    "cache_mb": NO_FILES,
+    "output_dir": "it writes nothing but the table; use --json FILE for that.",
+    "resume": NO_RUN,
+    "max_steps": "use --repeats for the number of steps that are timed.",
+    "checkpoint_every": NO_RUN,
+    "knn_every": NO_RUN,
+}
+
+# ... and these are the settings that make a difference to a suite.
+ALL_SETTINGS = {setting.name for setting in fields(TrainConfig)}
+STEP_SETTINGS = ALL_SETTINGS - set(REFUSED_BY_ALL)
+MODEL_SETTINGS = {
+    "recipe",
+    "device",
+    "image_size",
+    "patch_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+}
+VIEWS_SETTINGS = {
+    "recipe",
+    "device",
+    "seed",
+    "batch_size",
+    "image_size",
+    "patch_size",
+    "random_views",
+    "focal_views",
+    "focal_size",
+    "mask_ratio",
+    "crop_scale",
+    "focal_scale",
+    "flip",
+    "color_jitter",
+    "jitter",
+    "grey",
+    "blur",
+    "blur_sigma",
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A subcommand of bench.py. A new one is a function and an entry in SUITES."""
+
+    run: Callable[[TrainConfig, argparse.Namespace, Setup], list[dict]]  # -> records of the table
+    add_flags: Callable[[argparse.ArgumentParser], None]  # its own; they replace train_msn.py's
+    settings: set[str]  # of train_msn.py, those that make a difference to it
+    instead: str  # what to use in place of the other settings, ...
+    refused: dict[str, str] = field(default_factory=dict)  # ... and of single flags
+    recipe: str = "demo"  # which settings it starts from, ...
+    changes: dict[str, Any] = field(default_factory=dict)  # ... and what is different from them
+
+    def refusals(self) -> dict[str, str]:
+        """All flags that the suite refuses (with _ for -), and what to use instead."""
+        others = dict.fromkeys(ALL_SETTINGS - self.settings, self.instead)
+        return {**others, **REFUSED_BY_ALL, **self.refused}
+
+
+SUITES = {
+    "inference": Suite(
+        inference_suite,
+        add_inference_flags,
+        MODEL_SETTINGS,
+        instead="it times forward passes of whole images; use bench.py train for training steps.",
+        refused={
+            "compile": "use --attn compiled.",
+            "source_size": "use --image-size for the size of its images.",
+        },
+        recipe="base-16",
+        changes={"focal_views": 0},  # so that any patch size is allowed
+    ),
+    "train": Suite(train_suite, add_step_flags, STEP_SETTINGS, instead=NO_RUN),
+    "masking": Suite(
+        masking_suite,
+        add_step_flags,
+        STEP_SETTINGS - {"mask_ratio"},
+        instead=NO_RUN,
+        refused={"mask_ratio": "it measures 0, 0.1, ... 0.9; use bench.py train for one ratio."},
+        changes={"focal_views": 0},  # they are not masked, and would hide what masking saves
+    ),
+    "growth": Suite(growth_suite, add_step_flags, STEP_SETTINGS, instead=NO_RUN),
+    "views": Suite(
+        views_suite,
+        add_views_flags,
+        VIEWS_SETTINGS,
+        instead=NO_MODEL,
+        refused={
+            "attn": NO_MODEL,
+            "anchor_view": "Pillow's side makes independent views only; use bench.py train.",
+        },
+    ),
+}
+
+
+class RefusedFlag(argparse.Action):
+    """A flag that would change nothing: an error that says what to use instead."""
+
+    def __init__(self, *arguments, suite: str, instead: str, **options):
+        super().__init__(*arguments, nargs="*", help=argparse.SUPPRESS, **options)
+        self.suite = suite
+        self.instead = instead
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise UsageError(f"bench.py {self.suite} does not take {option_string}: {self.instead}")
+
 
 def make_parser() -> argparse.ArgumentParser:
-    """One subcommand for each suite."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    suites = parser.add_subparsers(dest="suite")
+    """The command line, with a subcommand for each suite."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    subparsers = parser.add_subparsers(dest="suite")
     for name, suite in SUITES.items():
-        sub = suites.add_parser(name, description=suite.__doc__, conflict_handler="resolve")
-        add_flags(sub, TrainConfig)
-        flag = sub.add_argument
-        flag("--preset", choices=PRESETS, help="a published shape and its pretraining")
-        flag("--threads", type=int, default=1 if name == "views" else torch.get_num_threads())
-        flag("--repeats", type=int, default=10)
-        flag("--memory", action=argparse.BooleanOptionalAction, default=sys.platform == "linux" and suite is train)
-        flag("--cpu-time", action="store_true", help="not the clock's: for one thread on a busy machine")
-        flag("--source-size", type=int, nargs=2, help="height and width of the decoded pictures")
-        flag("--json", help="file for machine, flags and rows; times in seconds, memory in MiB")
-        if name != "inference":
-            flag("--attn", nargs="+", choices=("eager", "sdpa"), default=[""])
-            continue
-        flag("--attn", nargs="+", choices=("eager", "sdpa", "compiled"), default=["eager", "sdpa"])
-        dtypes = ("float32", "float16", "bfloat16")
-        flag("--precision", dest="precisions", nargs="+", choices=dtypes, default=["float32"])
-        flag("--batch-sizes", "--batch-size", type=int, nargs="+", default=[1, 2, 4, 8])
-        flag("--head", choices=("model", "classifier"), default="model")
-        flag("--against", nargs="+", choices=("transformers",), default=[])
+        summary = suite.run.__doc__.splitlines()[0]
+        # "resolve": a flag that is added again replaces the one before.
+        subparser = subparsers.add_parser(
+            name, help=summary, description=suite.run.__doc__, conflict_handler="resolve"
+        )
+        add_flags(subparser, TrainConfig)
+        for setting, instead in suite.refusals().items():
+            flag = setting.replace("_", "-")
+            subparser.add_argument(
+                f"--{flag}",
+                f"--no-{flag}",
+                action=RefusedFlag,
+                suite=name,
+                instead=instead,
+                default=argparse.SUPPRESS,
+            )
+        start = suite.recipe
+        if "hidden_size" in suite.settings:
+            start += "; with --hidden-size: small-16"
+        add_common_flags(subparser, start)
+        suite.add_flags(subparser)
     return parser
 
-def show(value) -> str:
-    """A cell of the table: a text, a number, or a Result of measure()."""
+
+def training_config(args: argparse.Namespace, device: torch.device) -> TrainConfig:
+    """Settings by the flags that were given, the preset or recipe, and the suite's defaults.
+
+    A hidden size without preset or recipe changes small-16. Raises UsageError if a flag that was
+    given has no effect beside the others.
+    """
+    suite = SUITES[args.suite]
+    given = {name: value for name, value in vars(args).items() if name in ALL_SETTINGS}
+    if args.preset and "recipe" in given:
+        raise UsageError(
+            f"--preset {args.preset} and --recipe {given['recipe']} both name the settings to "
+            "start from; give one of them."
+        )
+
+    recipe = args.preset or given.get("recipe")
+    if recipe is None:
+        recipe = "small-16" if "hidden_size" in given else suite.recipe
+    settings = {"recipe": recipe}
+    if recipe in PRESETS:
+        settings["batch_size"] = 8  # the published 1024 must be asked for
+    config = make_config({**settings, **suite.changes, **given, "device": device.type})
+
+    for name in ("focal_size", "focal_scale"):
+        if name in given and config.focal_views == 0:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{flag} has no effect because there are no focal views; give --focal-views, too."
+            )
+    return replace(config, precision=choose_precision(config.precision, device))
+
+
+def make_setup(args: argparse.Namespace) -> Setup:
+    """Where and how to measure, by the common flags. Raises UsageError for numbers below 1."""
+    counts = [args.threads, args.repeats, *getattr(args, "batch_sizes", [])]
+    if min(counts) < 1:
+        raise UsageError(
+            f"--threads {args.threads}, --repeats {args.repeats} and --batch-sizes must be at "
+            "least 1."
+        )
+    torch.set_num_threads(args.threads)
+    processes = start_processes(TrainConfig(device=getattr(args, "device", "auto")))
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    return Setup(processes.device, args.threads, args.repeats, args.memory, clock)
+
+
+def describe_machine(args: argparse.Namespace, setup: Setup) -> dict:
+    """What a reader of the figures must know: processor, threads, clock, speed, versions."""
+    on_gpu = setup.device.type == "cuda"
+    machine = {
+        "machine": torch.cuda.get_device_name() if on_gpu else processor_name(),
+        "threads": setup.threads,
+        "clock": setup.clock.__name__,
+        "float32 matmul GFLOP/s": matmul_peak("float32", setup) / 1e9,
+    }
+    for library in ("torch", *getattr(args, "against", [])):
+        machine[library] = importlib.import_module(library).__version__
+    return machine
+
+
+def processor_name() -> str:
+    """The model of the CPU where Linux tells it, else the operating system."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    return found[1] if found else sys.platform
+
+
+def cell_text(value) -> str:
+    """A cell of the table: a text, a number, or a result of measure()."""
     if isinstance(value, dict):
-        times = "{:.4g} [{:.4g}, {:.4g}]".format(*(1000 * value[name] for name in ("median", "low", "high")))
-        return times + (f", {value['memory']:.0f} MiB" if "memory" in value else "")
-    return (f"{value:.3g}" if value < 100 else f"{value:.0f}") if isinstance(value, float) else str(value)
+        median, low, high = (f"{1000 * value[name]:.4g}" for name in ("median", "low", "high"))
+        memory = f", {value['memory']:.0f} MiB" if "memory" in value else ""
+        return f"{median} [{low}, {high}]{memory}"
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def print_table(records: list[dict]) -> None:
+    """Records as a table in Markdown; a record without a column has an empty cell there."""
+    columns = []
+    for record in records:
+        columns += [name for name in record if name not in columns]
+
+    lines = [columns, ["---"] * len(columns)]
+    for record in records:
+        lines.append([cell_text(record.get(name, "")) for name in columns])
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+
 
 def main(argv: list[str]) -> None:
-    """The command line; without a suite, inference."""
-    args = make_parser().parse_args(argv if argv and argv[0] in (*SUITES, "-h", "--help") else ["inference", *argv])
-    if min(args.threads, args.repeats, *getattr(args, "batch_sizes", ())) < 1:
-        raise UsageError(f"--threads {args.threads}, --repeats {args.repeats} and --batch-sizes must be at least 1.")
-    torch.set_num_threads(args.threads)
-    args.device = start_processes(TrainConfig(device=getattr(args, "device", "auto"))).device
-    args.clock = time.process_time if args.cpu_time else time.perf_counter
-    info = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)|\Z", info.read_text())[1] if info.exists() else sys.platform
-    machine = {"machine": torch.cuda.get_device_name() if args.device.type == "cuda" else cpu, "threads": args.threads,
-               "clock": args.clock.__name__, "float32 matmul GFLOP/s": matmul_peak("float32", args) / 1e9,
-               **{name: __import__(name).__version__ for name in ("torch", *getattr(args, "against", ()))}}
-    print(", ".join(f"{name} {show(value)}" for name, value in machine.items()), end="\n\n", flush=True)
-    rows = SUITES[args.suite](args)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [columns, ["---"] * len(columns), *([show(row.get(name, "")) for name in columns] for row in rows)]
-    print(*("| " + " | ".join(line) + " |" for line in cells), sep="\n")
+    """The command line; without the name of a suite, inference."""
+    if not argv or argv[0] not in (*SUITES, "-h", "--help"):
+        argv = ["inference", *argv]
+    args = make_parser().parse_args(argv)
+
+    setup = make_setup(args)
+    config = training_config(args, setup.device)
+    if "source_size" in args and args.source_size is None:
+        side = config.image_size if config.image_size < 64 else 2 * config.image_size
+        args.source_size = [side, side]
+
+    machine = describe_machine(args, setup)
+    print(", ".join(f"{name} {cell_text(value)}" for name, value in machine.items()), flush=True)
+    print()
+
+    records = SUITES[args.suite].run(config, args, setup)
+    print_table(records)
     if args.json:
-        content = {"suite": args.suite, "machine": machine, "flags": vars(args), "rows": rows}
+        flags = {**vars(args), "device": setup.device, "clock": setup.clock}
+        content = {"suite": args.suite, "machine": machine, "flags": flags, "rows": records}
         write_file(Path(args.json), json.dumps(content, indent=2, default=str).encode())
+
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

@@ -1,180 +1,516 @@
-"""bench.py: each suite runs on a tiny model and writes what it promises; FLOPs are those that torch counts."""
+"""bench.py: its counts are torch's, its suites hold what they promise, no flag is ignored."""
 
 import itertools
 import json
 import os
 import signal
+import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import randn, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from train_msn import make_config, run_program
-from vitmsn import ViTMSNForImageClassification, ViTMSNModel
+from train_msn import (
+    Batch,
+    Processes,
+    TrainConfig,
+    UsageError,
+    build_model,
+    make_config,
+    run_program,
+)
+from vitmsn import IMAGENET_STD, ViTMSNForImageClassification, ViTMSNModel
 
-TINY = [
+CPU = torch.device("cpu")
+QUICK = ["--threads=1", "--repeats=2", "--device=cpu"]
+TINY_MODEL = [
     "--hidden-size=24",
     "--num-hidden-layers=2",
     "--num-attention-heads=3",
     "--patch-size=8",
     "--image-size=32",
-    "--threads=1",
-    "--repeats=2",
-    "--device=cpu",
 ]
-TRAINING = [
+TINY_VIEWS = [
+    "--patch-size=8",
+    "--image-size=32",
     "--batch-size=4",
     "--focal-size=16",
     "--focal-views=2",
-    "--head-hidden-size=16",
-    "--num-prototypes=8",
 ]
+TINY_STEP = [*TINY_MODEL, *TINY_VIEWS, "--head-hidden-size=16", "--num-prototypes=8"]
 
 
-def run(tmp_path, capsys, *argv: str) -> tuple[list[dict], str]:
+def run(tmp_path, capsys, *argv: str) -> list[dict]:
+    """Run bench.py quickly, compare what it prints with what it writes. -> the table's records"""
     path = tmp_path / "out.json"
-    assert run_program(bench.main, [*argv, *TINY, "--json", str(path)]) == 0, (
-        capsys.readouterr().err
-    )
-    content, printed = json.loads(path.read_text()), capsys.readouterr().out
-    machine = content["machine"]
-    assert all(
-        str(machine[name]) in printed.splitlines()[0] for name in ("machine", "threads", "torch")
-    )
-    assert printed.count("\n| ") == 2 + len(content["rows"])  # names, dashes, rows
-    return content["rows"], printed
+    status = run_program(bench.main, [*argv, *QUICK, "--json", str(path)])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+
+    content = json.loads(path.read_text())
+    first_line = printed.out.splitlines()[0]
+    for name in ("machine", "threads", "torch"):
+        assert str(content["machine"][name]) in first_line
+
+    table_lines = [line for line in printed.out.splitlines() if line.startswith("| ")]
+    names_and_dashes = 2
+    assert len(table_lines) == names_and_dashes + len(content["rows"])
+    return content["rows"]
 
 
 def assert_timed(result: dict) -> None:
     assert 0 < result["low"] <= result["median"] <= result["high"]
 
 
-def test_batch_size_means_batch_sizes_to_inference(tmp_path, capsys):
-    rows, _ = run(tmp_path, capsys, "inference", "--batch-size", "3", "--attn", "sdpa")
-    assert [row["batch"] for row in rows] == [3]
+# ---- Measuring
 
 
-def test_without_a_suite_it_prints_the_documented_table(tmp_path, capsys):
-    rows, _ = run(tmp_path, capsys)
-    assert [(row["precision"], row["batch"]) for row in rows] == [
-        ("float32", b) for b in (1, 2, 4, 8)
-    ]
-    for row in rows:
-        assert_timed(row["eager"]), assert_timed(row["sdpa"])
-        assert (
-            row["eager / sdpa"] == row["eager"]["median"] / row["sdpa"]["median"]
-            and 0 < row["sdpa, of peak"] < 1
+class FakeClock:
+    """A clock that goes on only when it is told to."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def advance(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+def fake_setup(**changes) -> bench.Setup:
+    return replace(bench.Setup(CPU, 1, 1, False, FakeClock()), **changes)
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=9))
+def test_only_runs_after_the_warm_up_are_timed_and_never_the_making_of_their_input(durations):
+    """The result is the quartiles of run's durations, without the warm-up and the inputs."""
+    setup = fake_setup(repeats=len(durations))
+    all_durations = iter([1000.0] * bench.WARM_UPS + durations)
+
+    def new_input() -> float:
+        setup.clock.advance(10_000)
+        return next(all_durations)
+
+    result = bench.time_in_turn({"one": bench.Timed(new_input, setup.clock.advance)}, setup)["one"]
+    expected = torch.tensor(durations, dtype=torch.float64).quantile(
+        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    )
+    assert [result["low"], result["median"], result["high"]] == pytest.approx(expected.tolist())
+
+
+def test_the_cases_run_in_turn():
+    """What is compared runs A B A B ..., each time on a new input."""
+    events = []
+    timed = {}
+    for name in ("A", "B"):
+        inputs = itertools.count()
+        timed[name] = bench.Timed(
+            lambda name=name, inputs=inputs: (name, next(inputs)), events.append
         )
+    bench.time_in_turn(timed, fake_setup(repeats=2))
+    assert events == [(name, i) for i in range(bench.WARM_UPS + 2) for name in ("A", "B")]
 
 
-def test_inference_is_set_beside_transformers_in_the_same_run(tmp_path, capsys):
-    pytest.importorskip("transformers")
-    rows, _ = run(
-        tmp_path,
-        capsys,
-        "inference",
-        "--against",
-        "transformers",
-        "--attn",
-        "sdpa",
-        "--batch-sizes",
-        "2",
-        "--head",
-        "classifier",
-        "--precision",
-        "float32",
-        "bfloat16",
-    )
-    assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
-    assert all(row["sdpa, transformers / ours"] > 0 for row in rows)
+@dataclass(frozen=True)
+class LargeCase(bench.Case):
+    """Touches so many MiB when it runs."""
+
+    mebibytes: int
+
+    def prepare(self) -> bench.Timed:
+        return bench.Timed(lambda: self.mebibytes * 2**20, bytearray)
 
 
-def test_train_shows_the_whole_step_its_memory_and_its_parts(tmp_path, capsys):
-    (row,), _ = run(
-        tmp_path,
-        capsys,
-        "train",
-        *TRAINING,
-        "--attn",
-        "eager",
-        "--mask-ratio=0.5",
-        "--precision=float32",
-    )
-    assert_timed(row["step"])
-    assert row["attention"] == "eager" and row["mask_ratio"] == 0.5 and row["of peak"] > 0
-    assert row["step"]["memory"] > 50 and row["images/s"] == 4 / row["step"]["median"]
-    assert all(0 < row[part] < 1 for part in ("views", "forward", "backward", "optimizer", "EMA"))
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_that_of_the_run():
+    """A case that touches 300 MiB more than another needs 300 MiB more, and not this process's."""
+    setup = fake_setup(memory=True)
+    results = bench.measure({"small": LargeCase(1), "large": LargeCase(301)}, setup)
+    difference = results["large"]["memory"] - results["small"]["memory"]
+    assert difference == pytest.approx(300, rel=0.01)
 
 
-def test_masking_pays_only_for_the_patches_that_are_kept(tmp_path, capsys):
-    rows, _ = run(tmp_path, capsys, "masking", *TRAINING, "--no-memory")
-    assert [row["mask_ratio"] for row in rows] == [i / 10 for i in range(10)]
-    work = [row["GFLOP"] for row in rows]
-    assert work == sorted(work, reverse=True) and work[0] > work[-1]
+class KilledCase(bench.Case):
+    """Ends its own process, as the system does when memory runs out."""
 
-
-def test_views_are_set_beside_pillow_s(tmp_path, capsys):
-    (row,), _ = run(
-        tmp_path, capsys, "views", *TRAINING, "--blur", "1", "--source-size", "40", "50"
-    )
-    assert_timed(row["ours"]), assert_timed(row["Pillow"])
-    assert row["views"] == 4 and row["source"] == "40x50" and row["Pillow / ours"] > 0
-
-
-def test_growth_doubles_one_thing_at_a_time(tmp_path, capsys):
-    rows, _ = run(tmp_path, capsys, "growth", *TRAINING, "--no-memory")
-    names = ("image_size", "num_prototypes", "focal_views", "batch_size")
-    varied = [(name, row[name]) for row in rows for name in names if name in row]
-    starts = zip(names, (32, 8, 2, 4), strict=True)
-    assert varied == [(name, start * factor) for name, start in starts for factor in (1, 2, 4)]
-    for before, row in itertools.pairwise(rows):
-        assert row["images/s"] == pytest.approx(row.get("batch_size", 4) / row["step"]["median"])
-        if "power" in row:
-            assert 2 ** row["power"] == pytest.approx(
-                row["step"]["median"] / before["step"]["median"]
-            )
-    assert ["power" in row for row in rows] == [False, True, True] * len(names)
-
-
-def killed_when_it_runs():
-    return lambda: None, lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    def prepare(self) -> bench.Timed:
+        return bench.Timed(lambda: signal.SIGKILL, lambda kill: os.kill(os.getpid(), kill))
 
 
 def test_a_case_that_the_system_kills_is_an_error_not_a_wait():
-    args = SimpleNamespace(threads=1, device=torch.device("cpu"))
     with pytest.raises(BrokenProcessPool):
-        bench.measure({"too large": (killed_when_it_runs,)}, args, memory=True)
+        bench.measure({"too large": KilledCase()}, fake_setup(memory=True))
 
 
-def test_a_wrong_request_is_one_line(capsys):
-    assert run_program(bench.main, ["train", "--recipe", "demo", "--threads", "0"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+# ---- Operations
+
+
+def test_matmul_peak_counts_a_multiply_add_as_two():
+    """FLOP/s are those that torch counts, by the seconds of the fastest of the products."""
+    setup = fake_setup()
+    ticks = itertools.count()
+    slow_then_fast = replace(setup, clock=lambda: float(next(ticks)))  # each product: one second
+    with FlopCounterMode(display=False) as counter:
+        speed = bench.matmul_peak("float32", slow_then_fast)
+    assert speed == counter.get_total_flops() / 5
 
 
 @pytest.mark.parametrize("model_class", [ViTMSNModel, ViTMSNForImageClassification])
 def test_forward_flops_are_those_torch_counts(model_class):
+    """A forward pass costs exactly the FLOPs that torch counts.
+
+    The backbone computes all tokens in its last layer, the classifier the class token only.
+    """
     config = tiny_config(attn_implementation="eager", num_labels=0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model_class(config)(randn(3, 3, 32, 32))
-    assert counter.get_total_flops() == 3 * bench.forward_flops(
-        config, 16, model_class is not ViTMSNModel
+    class_token_only = model_class is ViTMSNForImageClassification
+    assert counter.get_total_flops() == 3 * bench.forward_flops(config, 16, class_token_only)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"random_views": 2, "focal_views": 3, "mask_ratio": 0.5},
+        {"focal_views": 0},
+        {"random_views": 0, "head_hidden_size": 40, "output_dim": 24, "num_prototypes": 7},
+    ],
+)
+def test_step_flops_are_those_torch_counts(changes):
+    """A step's forward and backward passes cost exactly the FLOPs that torch counts."""
+    config = make_config({"batch_size": 4, "precision": "float32", **changes})
+    model = build_model(config, Processes(0, 1, CPU))
+    for encoder in (model.anchor_encoder, model.target_encoder):
+        encoder.set_attn_implementation("eager")  # of the fused kernel torch counts nothing
+    new_batch, views_of = bench.ViewsCase(config, [32, 32], CPU).prepare()
+    views = views_of(new_batch())
+
+    with FlopCounterMode(display=False) as counter:
+        model(*views).loss.backward()
+    assert counter.get_total_flops() == bench.step_flops(config)
+
+
+# ---- Suites
+
+
+def test_without_a_suite_it_prints_the_documented_table(tmp_path, capsys):
+    records = run(tmp_path, capsys, *TINY_MODEL)
+    assert [record["precision"] for record in records] == ["float32"] * 4
+    assert [record["batch"] for record in records] == [1, 2, 4, 8]
+    for record in records:
+        assert_timed(record["eager"])
+        assert_timed(record["sdpa"])
+        ratio = record["eager"]["median"] / record["sdpa"]["median"]
+        assert record["eager / sdpa"] == ratio
+        assert 0 < record["sdpa, of peak"] < 1
+
+
+def test_batch_size_means_batch_sizes_to_inference(tmp_path, capsys):
+    records = run(tmp_path, capsys, "inference", *TINY_MODEL, "--batch-size", "3", "--attn", "sdpa")
+    assert [record["batch"] for record in records] == [3]
+
+
+def test_the_share_of_the_peak_is_the_speed_over_that_of_a_matrix_product():
+    """Of peak = batch x FLOPs of an image / seconds / peak; a ratio is theirs over ours."""
+    case = bench.ForwardCase("ours", tiny_config(), "sdpa", "classifier", "float32", 3, CPU)
+    cases = {("sdpa", "ours"): case, ("sdpa", "other"): replace(case, library="other")}
+    results = {("sdpa", "ours"): {"median": 0.5}, ("sdpa", "other"): {"median": 2.0}}
+    columns = bench.inference_columns(results, cases, peak=1e9)
+
+    flops = 3 * bench.forward_flops(tiny_config(), 16, class_token_only=True)
+    assert columns["sdpa, of peak"] == pytest.approx(flops / 0.5 / 1e9)
+    assert columns["sdpa, other / ours"] == 4
+
+
+def test_inference_is_set_beside_transformers_in_the_same_run(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    flags = "--against transformers --attn sdpa --batch-sizes 2 --head classifier"
+    precisions = ("--precision", "float32", "bfloat16")
+    records = run(tmp_path, capsys, "inference", *TINY_MODEL, *flags.split(), *precisions)
+    assert [record["precision"] for record in records] == ["float32", "bfloat16"]
+    for record in records:
+        ratio = record["sdpa, transformers"]["median"] / record["sdpa"]["median"]
+        assert record["sdpa, transformers / ours"] == ratio
+
+
+def test_train_shows_the_whole_step_its_memory_and_its_parts(tmp_path, capsys):
+    flags = ("--attn", "eager", "--mask-ratio=0.5", "--precision=float32")
+    (record,) = run(tmp_path, capsys, "train", *TINY_STEP, *flags)
+    assert_timed(record["step"])
+    assert record["attention"] == "eager"
+    assert record["mask_ratio"] == 0.5
+    assert record["of peak"] > 0
+    assert record["step"]["memory"] > 50
+    assert record["images/s"] == 4 / record["step"]["median"]
+    for part in ("views", "forward", "backward", "optimizer", "EMA"):
+        assert 0 < record[part] < 1
+
+
+def test_a_step_s_share_of_the_peak_is_its_speed_over_that_of_a_matrix_product(monkeypatch):
+    """Of peak = FLOPs of the step / seconds / peak."""
+    monkeypatch.setattr(
+        bench, "measure", lambda cases, _: {name: {"median": 0.5} for name in cases}
     )
+    config = make_config({})
+    args = SimpleNamespace(attn=["sdpa"], source_size=[32, 32])
+    (record,) = bench.step_records([config], "mask_ratio", 1e9, args, fake_setup())
+    assert record["of peak"] == pytest.approx(bench.step_flops(config) / 0.5 / 1e9)
+    assert record["GFLOP"] == pytest.approx(bench.step_flops(config) / 1e9)
 
 
-def test_step_flops_are_those_torch_counts_in_all_but_views_and_fused_attention():
-    config = replace(make_config({"batch_size": 4}), precision="float32", mask_ratio=0.5)
-    parts = bench.step_parts("", config, "eager", [32, 32], torch.device("cpu"))
-    counters = {name: FlopCounterMode(display=False) for name in ("step", "views")}
-    for name, counter in counters.items():
+def test_a_part_s_share_is_its_time_over_that_of_the_step(tmp_path, capsys, monkeypatch):
+    """A part that takes a second of a step of four has the share 1/4."""
+
+    def made_up_times(timed: dict, setup: bench.Setup) -> dict:
+        return {name: {"median": 4.0 if name == "step" else 1.0} for name in timed}
+
+    times = {"median": 4.0, "low": 4.0, "high": 4.0}
+    monkeypatch.setattr(bench, "measure", lambda cases, _: dict.fromkeys(cases, times))
+    monkeypatch.setattr(bench, "time_in_turn", made_up_times)
+    (record,) = run(tmp_path, capsys, "train", *TINY_STEP)
+    for part in ("views", "forward", "backward", "optimizer", "EMA"):
+        assert record[part] == 1 / 4
+
+
+def test_each_part_of_a_step_does_its_work(monkeypatch):
+    """Backward makes gradients, optimizer moves the anchor encoder, EMA the target encoder."""
+    config = make_config({"batch_size": 4, "precision": "float32"})
+    model = build_model(config, Processes(0, 1, CPU))
+    monkeypatch.setattr(bench, "build_model", lambda *_: model)
+    parts = bench.step_parts(config, "sdpa", [32, 32], CPU)
+    anchor = model.anchor_encoder.patch_embed.weight
+    target = model.target_encoder.patch_embed.weight
+
+    def run_part(name: str) -> tuple[bool, bool, bool]:
+        """Are there gradients now? Did the anchor encoder move, did the target encoder?"""
+        before = anchor.detach().clone(), target.detach().clone()
         new_input, part = parts[name]
-        with counter:
-            part(new_input())
-    counted = counters["step"].get_total_flops() - counters["views"].get_total_flops()
-    assert bench.step_flops(config) == pytest.approx(
-        counted, rel=0.03
-    )  # the target's attention is fused: not counted
+        part(new_input())
+        moved = [
+            not torch.equal(old, now) for old, now in zip(before, (anchor, target), strict=True)
+        ]
+        return anchor.grad is not None, *moved
+
+    assert run_part("views") == (False, False, False)
+    assert run_part("forward") == (False, False, False)
+    assert run_part("backward") == (True, False, False)
+    assert run_part("optimizer") == (True, True, False)
+    assert run_part("EMA") == (True, False, True)
+    assert run_part("step") == (True, True, True)
+
+
+def test_masking_pays_only_for_the_patches_to_keep(tmp_path, capsys):
+    """The higher the mask ratio, the fewer the operations of a step."""
+    records = run(tmp_path, capsys, "masking", *TINY_STEP, "--no-memory")
+    assert [record["mask_ratio"] for record in records] == [i / 10 for i in range(10)]
+    work = [record["GFLOP"] for record in records]
+    assert work == sorted(work, reverse=True)
+    assert work[0] > work[-1]
+
+
+def test_growth_doubles_one_setting_at_a_time(tmp_path, capsys):
+    """Each setting is doubled twice; power is the exponent by which the step's time follows."""
+    records = run(tmp_path, capsys, "growth", *TINY_STEP, "--no-memory", "--attn", "eager", "sdpa")
+    starts = {"image_size": 32, "num_prototypes": 8, "focal_views": 2, "batch_size": 4}
+    expected = []
+    for name, start in starts.items():
+        for attention in ("eager", "sdpa"):
+            expected += [(attention, name, start * factor) for factor in (1, 2, 4)]
+
+    varied = []
+    for record in records:
+        (name,) = starts.keys() & record.keys()
+        varied.append((record["attention"], name, record[name]))
+    assert varied == expected
+
+    assert ["power" in record for record in records] == [False, True, True] * 8
+    for before, record in itertools.pairwise(records):
+        seconds = record["step"]["median"]
+        assert record["images/s"] == pytest.approx(record.get("batch_size", 4) / seconds)
+        if "power" in record:
+            assert 2 ** record["power"] == pytest.approx(seconds / before["step"]["median"])
+
+
+def test_our_views_are_set_beside_those_of_pillow(tmp_path, capsys):
+    (record,) = run(tmp_path, capsys, "views", *TINY_VIEWS, "--source-size", "40", "50")
+    assert_timed(record["ours"])
+    assert_timed(record["Pillow"])
+    assert record["views"] == 4
+    assert record["source"] == "40x50"
+    assert record["Pillow / ours"] == record["Pillow"]["median"] / record["ours"]["median"]
+
+
+NO_COLOUR_CHANGES = {"color_jitter": 0.0, "grey": 0.0, "blur": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ({}, 1.0),
+        ({"color_jitter": 1.0, "jitter": 1.0}, 2.0),
+        ({"color_jitter": 1.0, "jitter": 0.5}, 2.0),
+        ({"grey": 0.5}, 1.0),
+        ({"blur": 0.5, "blur_sigma": (0.5, 3.0)}, 1.0),
+    ],
+)
+def test_pillow_makes_the_views_that_we_make(changes, limit):
+    """From the same pictures and random numbers, Pillow's views are ours to a grey level or two."""
+    config = make_config({"batch_size": 16, **NO_COLOUR_CHANGES, **changes})
+    # Smooth pictures: how two libraries treat noise of a pixel's size is not what is compared.
+    coarse = torch.randint(256, (16, 3, 4, 5)).float()
+    images = F.interpolate(coarse, (40, 50), mode="bilinear").byte()
+    sizes = torch.tensor([[40, 50]] * 16)
+    _, our_views_of = bench.ViewsCase(config, [40, 50], CPU).prepare()
+    _, pillow_views_of = bench.PillowCase(config, [40, 50], CPU).prepare()
+
+    ours = our_views_of(Batch(images, sizes, [], []))
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    pillow = pillow_views_of(pictures)
+
+    grey_level = 1 / 255 / torch.tensor(IMAGENET_STD).mean()
+    for our_view, pillow_view in zip([ours.target_view, *ours.anchor_views], pillow, strict=True):
+        assert our_view.shape == pillow_view.shape
+        assert (our_view - pillow_view).abs().mean() < limit * grey_level
+
+
+# ---- Flags
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "instead"),
+    [
+        ("inference --compile", "--compile", "--attn compiled"),
+        ("--compile", "--compile", "--attn compiled"),
+        ("inference --source-size 30 40", "--source-size", "--image-size"),
+        ("inference --seed=3", "--seed", "bench.py train"),
+        ("masking --mask-ratio 0.5", "--mask-ratio", "bench.py train"),
+        ("masking --focal-size 16", "--focal-size", "--focal-views"),
+        ("train --data photos", "--data", "train_msn.py"),
+        ("train --output-dir here", "--output-dir", "--json"),
+        ("growth --max-steps=3", "--max-steps", "--repeats"),
+        ("views --attn eager", "--attn", "bench.py train"),
+        ("views --no-compile", "--no-compile", "bench.py train"),
+        ("views --hidden-size 24", "--hidden-size", "bench.py train"),
+        ("train --preset base-16 --recipe demo", "--recipe demo", "give one"),
+    ],
+)
+def test_a_flag_without_effect_is_refused_in_one_line_that_says_what_to_use(
+    command, flag, instead, capsys
+):
+    assert run_program(bench.main, command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert flag in error
+    assert instead in error
+
+
+@pytest.mark.parametrize("name", bench.SUITES)
+def test_a_suite_takes_each_setting_of_train_msn_or_names_what_to_use_instead(name):
+    """No flag of train_msn.py is unknown to a suite: what it does not take, it refuses in words."""
+    parser = bench.make_parser()
+    replaced = {"precision", "batch_size"} if name == "inference" else set()
+    for setting in bench.ALL_SETTINGS - bench.SUITES[name].settings - replaced:
+        flag = "--" + setting.replace("_", "-")
+        with pytest.raises(UsageError, match=f"bench.py {name} does not take {flag}: .*use .*\\."):
+            parser.parse_args([name, flag, "1"])
+
+
+class RecordedConfig(TrainConfig):
+    """Settings that note in `read` which of them are looked at."""
+
+    read: ClassVar[set[str]] = set()
+
+    def __getattribute__(self, name: str):
+        type(self).read.add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("name", ["inference", "train", "views"])
+def test_every_setting_that_a_suite_takes_is_looked_at(name):
+    """No suite ignores a flag: what it takes is read between its start and its last record."""
+    suite = bench.SUITES[name]
+    settings = make_config({"batch_size": 4, "blur": 1.0, "precision": "float32"})
+    config = RecordedConfig(**{f.name: getattr(settings, f.name) for f in fields(settings)})
+    setup = bench.Setup(CPU, 1, 1, False, time.perf_counter)
+    args = SimpleNamespace(source_size=[32, 32], attn=["sdpa"], head="model", against=[])
+    args.precisions = ["float32"]
+    args.batch_sizes = [1]
+
+    RecordedConfig.read.clear()
+    suite.run(config, args, setup)
+    used_before = {"recipe", "device"}
+    assert suite.settings - used_before <= RecordedConfig.read
+
+
+def test_masking_and_growth_take_the_settings_of_train():
+    """The suites of pretraining steps differ in the setting that they vary, and in nothing else."""
+    train = bench.SUITES["train"].settings
+    assert bench.SUITES["growth"].settings == train
+    assert bench.SUITES["masking"].settings == train - {"mask_ratio"}
+
+
+def test_the_help_of_a_suite_shows_the_flags_that_it_takes_and_no_others(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["inference", "--help"])
+    printed = capsys.readouterr().out
+    for flag in ("--hidden-size", "--batch-sizes", "--precision", "--against", "--repeats"):
+        assert flag in printed
+    for flag in ("--compile", "--mask-ratio", "--source-size", "--lr"):
+        assert flag not in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "batch_size", "focal_views"),
+    [
+        ("train", "demo", 64, 2),
+        ("train --recipe imagenette", "imagenette", 64, 2),
+        ("train --preset base-16", "base-16", 8, 10),
+        ("train --preset base-16 --batch-size 32", "base-16", 32, 10),
+        ("train --hidden-size 192", "small-16", 8, 10),
+        ("masking --recipe demo", "demo", 64, 0),
+        ("masking --focal-views 3", "demo", 64, 3),
+        ("inference", "base-16", 8, 0),
+    ],
+)
+def test_flags_win_over_the_suite_and_the_suite_over_the_recipe(
+    command, recipe, batch_size, focal_views
+):
+    """A flag replaces what the suite changes in the settings, and that what the recipe says."""
+    args = bench.make_parser().parse_args(command.split())
+    config = bench.training_config(args, CPU)
+    assert config.recipe == recipe
+    assert config.batch_size == batch_size
+    assert config.focal_views == focal_views
+
+
+def test_a_number_below_one_is_refused_in_one_line(capsys):
+    assert run_program(bench.main, ["train", "--recipe", "demo", "--threads", "0"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("eager", "eager"),
+        (8, "8"),
+        (0.12345, "0.123"),
+        (1234.6, "1235"),
+        ({"median": 0.0123456, "low": 0.01, "high": 2.0}, "12.35 [10, 2000]"),
+        ({"median": 1.0, "low": 0.5, "high": 2.0, "memory": 99.7}, "1000 [500, 2000], 100 MiB"),
+    ],
+)
+def test_a_cell_shows_times_in_milliseconds_and_memory_in_mebibytes(value, text):
+    assert bench.cell_text(value) == text
