@@ -110,7 +110,7 @@ class FinetuneConfig:
     lies in `item_range`.
     """
 
-    # What is measured, on which images
+    # What is measured, on what
     checkpoint: str = opt(
         "", "our run, a transformers folder or an original .pth.tar; by default the newest of runs/"
     )
@@ -124,16 +124,8 @@ class FinetuneConfig:
     methods: str = opt(
         "probe,finetune,scratch,untrained,pixels,knn20", "rows of the table; there is knn200 too"
     )
-    val_images: int = opt(
-        0, "validation images for all cells, a fixed random part; 0: all", range=(0, 10**9)
-    )
-    image_size: int = opt(
-        0,
-        "pixels; 0: the checkpoint's. For another one positions are resampled",
-        range=(0, 4096),
-    )
 
-    # Which training images have labels
+    # Which training images have labels, and how many validation images are predicted
     labels_per_class: str = opt(
         "1,2,5,10",
         "labelled images per class, a column each",
@@ -156,10 +148,18 @@ class FinetuneConfig:
         item_type=int,
         item_range=(0, 2**31 - 1),
     )
+    val_images: int = opt(
+        0, "validation images for all cells, a fixed random part; 0: all", range=(0, 10**9)
+    )
 
-    # Frozen features
+    # Features and pictures
     l2: float = opt(0.0025, "lambda of the probe, as published", range=(1e-9, 1e9))
     pixel_size: int = opt(16, "largest side of the raw-pixel baseline", range=(1, 4096))
+    image_size: int = opt(
+        0,
+        "pixels; 0: the checkpoint's. For another one positions are resampled",
+        range=(0, 4096),
+    )
 
     # Fine-tuning, and training from scratch.
     # Departure: the paper fine-tunes on whole data sets: 100 epochs, batches of 1024, a learning
