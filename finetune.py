@@ -11,11 +11,11 @@
 The table is the paper's (arXiv 2204.07141, Section 5, Appendix A.2): a logistic probe on frozen
 features; beside it fine-tuning, k-NN and three baselines. Mean and deviation are over draws of
 labelled images. Validation images choose nothing.
-
-The file tells in this order: settings, the probe, labelled sets, fine-tuning, the table, using a
-model, the command line. Shapes are in the letters of vitmsn.py (b images, c channels, d width,
-h heads); "Departure:" marks what differs from the paper's evaluation.
 """
+
+# The file tells in this order: settings, the probe, labelled sets, fine-tuning, the table, using a
+# model, the command line. Shapes are in the letters of vitmsn.py: b images, c channels, d width,
+# h heads, n tokens. "Departure:" marks what differs from the paper's evaluation.
 
 import argparse
 import csv
@@ -75,7 +75,7 @@ from vitmsn import ViTMSNForImageClassification as Classifier
 # ---- Settings, of the table and of the other commands --------------------------------------------
 
 # The methods that the table compares.
-TRAINED = ("finetune", "scratch")  # these train a whole network; the others use frozen features
+TRAINED = ("finetune", "scratch")  # these train encoder and head; the others use frozen features
 KNN = {
     "knn20": {"k": 20, "temperature": 0.07},  # as pretraining's own k-NN
     "knn200": {"k": 200, "temperature": 0.1},  # as Lightly's benchmarks
@@ -237,14 +237,15 @@ class FinetuneConfig:
 #
 #     L(W) = (1/b) sum_i -log p_i[y_i]  +  (lambda / b) / 2 * |W|^2.
 #
-# L is strictly convex, so there is exactly one. (In scikit-learn it is LogisticRegression with
-# C = 1 / lambda and fit_intercept=False.)
+# over the b labelled images. L is strictly convex, so there is exactly one. (In scikit-learn it is
+# LogisticRegression with C = 1 / lambda and fit_intercept=False.) The probe gives an image the
+# class of the largest entry of W x.
 
 
 def center_and_scale(features: Tensor) -> Tensor:
-    """Take from each image's features their mean, then scale them to length 1, in float64.
+    """Prepare features for the probe: minus their mean, then scaled to length 1.
 
-    features: b d -> b d, float64. The mean is over the d numbers of one image, not over images.
+    features: b d -> b d, float64. Each image has its own mean and length, over its d numbers.
     """
     # Departure: the paper's text names logistic regression only. Centring, scaling and the missing
     # intercept are what the official code's numbers show (tests/golden/logistic.npz).
@@ -264,19 +265,19 @@ def fit_logistic_probe(
 
         G = (1/b) sum_i (p_i - onehot(y_i)) x_i^T  +  (lambda / b) W,
 
-    solves H step = G for the Hessian H of L at W, and moves W by -step, or by less where L would
-    rise. It ends when the norm of G is below `tolerance`. (L-BFGS, the usual choice, makes no
-    progress any more long before that at a lambda as small as 0.0025.)
+    solves H step = G for the Hessian H of L at W, and moves W by -step, or by a part of it where L
+    would rise. It ends when the norm of G is below `tolerance`. (L-BFGS, the usual choice, stalls
+    before it gets there at a lambda as small as 0.0025.)
     """
-    # G, and so W, is a sum of multiples of the x_i: we search in the space that they span. It has
-    # min(b, d) dimensions, which saves most of the work when few images have labels.
+    # Each row of W is a weighted sum of the x_i, as the rows of G are and the start is 0. So we
+    # search in the space that the x_i span: with few labelled images it has b dimensions, not d.
     basis, _ = torch.linalg.qr(features.double().T)
     x = features.double() @ basis
     num_images, dimensions = x.shape
     targets = F.one_hot(labels, num_classes).double()
     w = x.new_zeros(num_classes, dimensions)
 
-    for _ in range(100):  # some ten are enough
+    for _ in range(100):  # more than enough: 7 to 15 are usual
         p = (x @ w.T).softmax(dim=-1)
         gradient = (p - targets).T @ x / num_images + l2 / num_images * w
         if gradient.norm() < tolerance:
@@ -292,17 +293,17 @@ def newton_step(x: Tensor, p: Tensor, gradient: Tensor, l2: float) -> Tensor:
 
     x: b d, p: b classes (the probabilities at W), gradient: classes d -> step: classes d.
 
-    H has (classes d)^2 entries, too many to write down. Conjugate gradients only need its product
-    with a direction, which `hessian_product` gives. They converge quickly if a cheap matrix M that
-    resembles H is at hand to divide by. Ours treats all classes alike and leaves out how they act
-    on one another:
+    H has (classes d)^2 entries, too many to write down; conjugate gradients only need its product
+    with a direction (`hessian_product`). They converge in few rounds when they may divide the
+    residual by a matrix M that is like H but easy to invert. Our M takes every class for an average
+    one, and leaves out that a change of one class's logit changes the other probabilities:
 
         M = (1/b) sum_i m_i x_i x_i^T  +  (lambda / b) I,   m_i = mean of p_ic (1 - p_ic) over c,
 
-    which has d^2 entries and one Cholesky factor for all classes.
+    which is d by d, the same for all classes.
 
-    The further W is from the minimum, the less an exact solution is worth: we stop when the
-    residual is a tenth of the gradient, near the minimum when it is |gradient|^2.
+    Far from the minimum an exact solution is not worth its time. We stop at a residual of a tenth
+    of the gradient, |G| / 10, or of |G|^2 where that is less, near the minimum.
     """
     num_images, dimensions = x.shape
     identity = torch.eye(dimensions, dtype=x.dtype)
@@ -314,27 +315,30 @@ def newton_step(x: Tensor, p: Tensor, gradient: Tensor, l2: float) -> Tensor:
     step = torch.zeros_like(gradient)
     residual = gradient  # gradient - H step
     direction = torch.zeros_like(gradient)
-    previous = 1.0
+    previous_product = 1.0
 
     while residual.norm() > min(0.1, size) * size:
-        z = torch.cholesky_solve(residual.T, factor).T  # residual, divided by M
-        product = (residual * z).sum()
-        direction = z + product / previous * direction  # conjugate to all directions before it
-        previous = product
+        # The next direction is conjugate to all earlier ones: (direction . H earlier) is 0.
+        divided = torch.cholesky_solve(residual.T, factor).T  # the residual, divided by M
+        product = (residual * divided).sum()
+        direction = divided + product / previous_product * direction
+        previous_product = product
 
-        curved = hessian_product(x, p, direction, l2)
-        length = product / (direction * curved).sum()
+        # Along it we go to the point where the residual has no part left in this direction.
+        curvature = hessian_product(x, p, direction, l2)
+        length = product / (direction * curvature).sum()
         step = step + length * direction
-        residual = residual - length * curved
+        residual = residual - length * curvature
 
     return step
 
 
 def hessian_product(x: Tensor, p: Tensor, direction: Tensor, l2: float) -> Tensor:
-    """The Hessian of L times a direction D, that is, how the gradient changes along D.
+    """The Hessian of L times a direction D: how fast the gradient changes when W moves along D.
 
     x: b d, p: b classes, direction: classes d -> classes d. Along D the logits of image i change
-    by u_i = D x_i, and its probabilities by p_i * u_i - p_i (p_i . u_i). Therefore
+    by u_i = D x_i, and its probabilities by p_i * u_i - p_i (p_i . u_i), where * is entry by entry.
+    Therefore
 
         H D = (1/b) sum_i (p_i * u_i - p_i (p_i . u_i)) x_i^T  +  (lambda / b) D.
     """
@@ -345,16 +349,17 @@ def hessian_product(x: Tensor, p: Tensor, direction: Tensor, l2: float) -> Tenso
 
 
 def line_search(x: Tensor, labels: Tensor, w: Tensor, step: Tensor, l2: float) -> float:
-    """How much of a Newton step to take: the first of 1, 1/2, 1/4, ... at which L does not rise.
+    """The share of a Newton step to take: the first of 1, 1/2, 1/4, ... at which L does not rise.
 
-    x: b d, labels: b, w and step: classes d. The whole step overshoots only far from the minimum.
+    x: b d, labels: b, w and step: classes d. Near the minimum it is 1; further away a whole step
+    can go too far.
     """
-    # Near the minimum L hardly changes. A rise of 1e-12 of its value is rounding.
+    # Near the minimum L hardly changes, and a rise by 1e-12 of its value is rounding.
     highest = probe_objective(x, labels, w, l2) * (1 + 1e-12)
-    size = 1.0
-    while probe_objective(x, labels, w - size * step, l2) > highest and size > 1e-6:
-        size /= 2
-    return size
+    share = 1.0
+    while probe_objective(x, labels, w - share * step, l2) > highest and share > 1e-6:
+        share /= 2
+    return share
 
 
 def probe_objective(x: Tensor, labels: Tensor, w: Tensor, l2: float) -> Tensor:
@@ -450,9 +455,9 @@ def readable(images: Dataset, indices: list[int], unreadable: set[str]) -> list[
 def draw_readable(
     data: Images, labels: Tensor, per_class: int | list[int], seed: int, unreadable: set[str]
 ) -> list[int]:
-    """draw_labelled, of readable images only: in the place of another the class's next one comes.
+    """Like draw_labelled, but each unreadable image is replaced by the next one of its class.
 
-    The unreadable images are marked by -1 in `labels`, so that no later draw tries them again.
+    It is marked by -1 in `labels` too, so that no later draw tries it again.
     """
     while True:
         drawn = draw_labelled(labels, per_class, seed, data.classes)
@@ -463,7 +468,10 @@ def draw_readable(
 
 
 def images_per_class(config: FinetuneConfig, data: Images) -> dict[str, int | list[int]]:
-    """How many images of each class the drawn columns have: name of the column -> number(s)."""
+    """How many images of each class the drawn columns have.
+
+    -> name of the column -> one number for all classes, or a list with one for each.
+    """
     class_sizes = data.train_labels.bincount(minlength=len(data.classes)).tolist()
     counts: dict[str, int | list[int]] = {}
     for number in config.listed("labels_per_class"):
@@ -479,8 +487,8 @@ def draw_columns(
 ) -> tuple[Columns, list[int]]:
     """Draw the labelled images of the whole table, and those on which `scratch` tunes its rate.
 
-    -> the columns; up to 25 images of each class that are in no draw, class by class. Raises
-    UsageError if a class has too few images.
+    -> the columns; images to tune on, class by class, which are in no draw (only the column of all
+    labels has them). Raises UsageError if a class has too few images.
     """
     labels = data.train_labels.clone()  # images that must not be drawn any more become -1
     label_lists = config.listed("label_list")
@@ -500,7 +508,8 @@ def draw_columns(
 
     tuning = []
     if "scratch" in config.listed("methods"):
-        labels[list(chain.from_iterable(chain.from_iterable(columns.values())))] = -1
+        for draw in all_draws(columns):
+            labels[draw] = -1
         tuning = draw_tuning_images(data, labels, unreadable)
 
     if not label_lists and (config.full or 1 in config.listed("fraction")):
@@ -509,8 +518,13 @@ def draw_columns(
     return columns, tuning
 
 
+def all_draws(columns: Columns) -> list[list[int]]:
+    """The draws of all columns in one list."""
+    return list(chain.from_iterable(columns.values()))
+
+
 def draw_tuning_images(data: Images, labels: Tensor, unreadable: set[str]) -> list[int]:
-    """As many images of each class as the smallest class has left, 25 at most; class by class."""
+    """As many images of each class as every class has left, at most 25; class by class."""
     left = labels[labels >= 0].bincount(minlength=len(data.classes))
     per_class = min(TUNING_IMAGES, int(left.min()))
     drawn = draw_labelled(labels, per_class, TUNING_SEED, data.classes)
@@ -521,10 +535,10 @@ def draw_tuning_images(data: Images, labels: Tensor, unreadable: set[str]) -> li
 
 
 def layers_above(name: str, num_layers: int) -> int:
-    """How many steps of layer decay a parameter is away from the head, by its name.
+    """How often layer decay applies to a parameter, by its name.
 
-    Head and final norm: 0; the last layer: 1; the first: num_layers; patches, class token and
-    positions: num_layers + 1.
+    Head and final norm: 0 times; the last layer: once; the first layer: num_layers times; patch
+    projection, class token and positions: num_layers + 1 times.
     """
     parts = name.removeprefix("vit.").split(".")
     if parts[0] in ("classifier", "norm"):
@@ -537,9 +551,8 @@ def layers_above(name: str, num_layers: int) -> int:
 def layerwise_groups(model: Classifier, lr: float, decay: float, weight_decay: float) -> list[dict]:
     """Parameter groups for AdamW, with layer-wise decay (paper, Appendix A.4).
 
-    Head and final norm learn at `lr`, each layer at `decay` times the rate of the one above it,
-    patches, class token and positions at lr * decay^(layers + 1). Biases and the weights of norms
-    have no weight decay.
+    Head and final norm learn at `lr`, each layer at `decay` times the rate of the one above it.
+    Biases and the weights of norms have no weight decay.
     """
     num_layers = len(model.vit.blocks)
     members: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -548,12 +561,12 @@ def layerwise_groups(model: Classifier, lr: float, decay: float, weight_decay: f
         members.setdefault(key, []).append(parameter)
 
     groups = []
-    for (above, decays), parameters in members.items():
+    for (above, is_matrix), parameters in members.items():
         groups.append(
             {
                 "params": parameters,
                 "lr": lr * decay**above,
-                "weight_decay": weight_decay if decays else 0.0,
+                "weight_decay": weight_decay if is_matrix else 0.0,
             }
         )
     return groups
@@ -562,11 +575,11 @@ def layerwise_groups(model: Classifier, lr: float, decay: float, weight_decay: f
 def build_classifier(
     encoder: ViTMSNModel, classes: list, config: FinetuneConfig, probe: Tensor | None
 ) -> Classifier:
-    """A classifier with the encoder's weights; its head is zero or, better, a logistic probe.
+    """A classifier with the encoder's weights, whose head is a logistic probe, or zero without one.
 
-    probe: W, classes d. With it training starts where the probe ends. The probe sees a
-    representation minus its mean, scaled to length 1. A final norm of weight 1 and bias 0 makes of
-    a representation the same times sqrt(d). So the head is W / sqrt(d).
+    probe: W, classes d. Training then starts where the probe ends, because the classifier gives the
+    probe's probabilities: the probe takes a representation minus its mean, scaled to length 1, and
+    a final norm of weight 1 and bias 0 gives sqrt(d) times that. So the head is W / sqrt(d).
     """
     model_config = replace(
         encoder.config,
@@ -579,6 +592,7 @@ def build_classifier(
     model = Classifier(model_config)
 
     weights = encoder.state_dict()
+    # An untrained encoder comes with pretraining's projection head, fc, which goes.
     backbone = {name: x for name, x in weights.items() if not name.startswith("fc.")}
     model.vit.load_state_dict(backbone)
 
@@ -594,9 +608,9 @@ def build_classifier(
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """What the highest learning rate is multiplied by: linear warm-up, then a cosine down to 0.
+    """What the highest learning rates are multiplied by: a linear warm-up, then a cosine down to 0.
 
-    Counted so that neither the first nor the last of the steps has rate 0.
+    step: counted from 0. Neither the first nor the last step has rate 0.
     """
     # Departure: a tenth of the steps warms up; the paper takes a twentieth, 5 of 100 epochs.
     return warmup_cosine(step + 1, 0.1 * steps, steps + 1, 0.0, 1.0, 0.0)
@@ -607,7 +621,7 @@ def shuffled_batches(
 ) -> Iterator[list[int]]:
     """Batches without end, of `batch_size` indices; each index once before any comes again.
 
-    The generator is used when a new round of the indices begins, not before.
+    A batch may hold the end of one order and the beginning of the next.
     """
     queue = torch.empty(0, dtype=torch.long)
     while True:
@@ -632,7 +646,7 @@ def crop_and_flip(
     """
     # Departure: the paper adds RandAugment, Mixup and CutMix.
     u = torch.rand(len(images), 1 + 2 * TRIES + 2, generator=generator)
-    flip = u[:, 0] < 0.5
+    flip = u[:, 0] < 0.5  # the others are crop_boxes' own
     boxes = crop_boxes(u[:, 1:], sizes, crop_scale)
     return normalize(crop_and_resize(images, boxes, flip, size))
 
@@ -714,15 +728,15 @@ def classify(model: Classifier, images: Dataset, indices: list[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Experiment:
-    """All that predictions are made of. It holds no validation label: only `measure` sees them.
+    """All that predictions are made from. It holds no validation label: only `measure` sees those.
 
     config: the settings
-    encoders: "pretrained"; "untrained", the same as pretraining starts it; "pixels" is None
+    encoders: "pretrained"; "untrained", the same as it was before pretraining; "pixels": None
     data: the images and the labels of the training images (val_labels is None)
     val: the validation images to predict
     columns: the labelled sets of the table
     tuning: training images in no draw, class by class, to tune the learning rate from scratch
-    cache: features by what they are of
+    cache: the features that were computed so far
     """
 
     config: FinetuneConfig
@@ -748,8 +762,9 @@ class Experiment:
         if kind == "pixels":
             size = min(size, self.config.pixel_size)
 
-        # Departure: whole images, squashed to a square, where the paper takes one centre crop. The
-        # representation is the class token before the final norm, as the official numbers show.
+        # Departure: whole images, squashed to a square, where the paper takes one centre crop.
+        # Departure: the representation is the class token before the final norm; the paper does not
+        # say whether before or after, the official numbers do.
         images = self.data.train if part == "train" else self.data.val
         features, _ = embed_images(
             self.encoders[kind], images, indices, size, encoder.cls_token.device
@@ -878,10 +893,13 @@ def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> None:
 
 
 def columns_of(experiment: Experiment, method: str) -> list[str]:
-    """The columns in which a method is measured: one that trains sees all labels on demand only."""
+    """The columns in which a method is measured.
+
+    Training on all labels takes long. It is done only where --fraction asks for it with a 1.
+    """
     columns = list(experiment.columns)
-    on_demand = 1 in experiment.config.listed("fraction")
-    if method in TRAINED and not on_demand:
+    asked_for_all = 1 in experiment.config.listed("fraction")
+    if method in TRAINED and not asked_for_all:
         columns = [column for column in columns if column != ALL_LABELS]
     return columns
 
@@ -996,7 +1014,7 @@ def newest_run() -> str:
 
 
 def run_folder(checkpoint: str) -> Path:
-    """The folder of the run that a checkpoint is, or lies in; the current one if of no run."""
+    """The run that a checkpoint is or lies in; the current folder if it belongs to no run."""
     path = Path(checkpoint)
     for folder in (path, path.parent):
         if (folder / "checkpoint.pt").is_file():
@@ -1004,15 +1022,23 @@ def run_folder(checkpoint: str) -> Path:
     return Path(".")
 
 
-def open_labelled_data(config: FinetuneConfig, run: Path, encoder: ViTMSNModel) -> Images:
-    """The labelled images of --data or, without it, those on which the run was pretrained.
+def saved_settings(run: Path) -> dict:
+    """The settings with which a run was pretrained; none if it has no config.json."""
+    path = run / "config.json"
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text())
 
-    Raises UsageError if neither names any, or if they have no labels.
+
+def open_labelled_data(source: str, saved: dict, encoder: ViTMSNModel) -> Images:
+    """The labelled images that `source` names, as in --data.
+
+    saved: the settings of the encoder's run, which say where CIFAR-10 lies and from which seed the
+    synthetic images are. Raises UsageError if the images have no labels.
     """
-    saved = saved_settings(run)
     data = open_data(
         TrainConfig(
-            data=config.data or saved["data"],
+            data=source,
             data_dir=saved.get("data_dir", "data"),
             seed=saved.get("seed", 0),
             image_size=encoder.config.image_size,
@@ -1027,18 +1053,13 @@ def open_labelled_data(config: FinetuneConfig, run: Path, encoder: ViTMSNModel) 
     return data
 
 
-def saved_settings(run: Path) -> dict:
-    """The settings with which a run was pretrained; none if it has no config.json."""
-    path = run / "config.json"
-    if not path.is_file():
-        return {}
-    return json.loads(path.read_text())
-
-
 def choose_validation_images(
     config: FinetuneConfig, data: Images, unreadable: set[str]
 ) -> list[int]:
-    """--val-images readable ones, the same for every cell and every run; or all."""
+    """The validation images to predict: --val-images of them, or all, without unreadable ones.
+
+    They are the same for all cells and seeds. -> their indices, in rising order.
+    """
     order = torch.randperm(len(data.val), generator=generator_for(0, VALIDATION_IMAGES))
     wanted = config.val_images or len(data.val)
     chosen = order[:wanted].sort().values
@@ -1054,16 +1075,18 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     if not config.checkpoint:
         config = replace(config, checkpoint=newest_run())
     run = run_folder(config.checkpoint)
-    if not config.data and not saved_settings(run).get("data"):
+    saved = saved_settings(run)
+    source = config.data or saved.get("data")
+    if not source:
         raise UsageError(f"{config.checkpoint} does not say on which images to work; pass --data.")
 
     encoder = load_model(config)
-    data = open_labelled_data(config, run, encoder)
+    data = open_labelled_data(source, saved, encoder)
     unreadable: set[str] = set()  # names of files
     columns, tuning = draw_columns(config, data, unreadable)
     val = choose_validation_images(config, data, unreadable)
 
-    draws = list(chain.from_iterable(columns.values()))
+    draws = all_draws(columns)
     if not val or not draws or not all(draws):
         raise UsageError(
             "no readable validation image is left, none of a label list, or no column is asked for."
@@ -1110,7 +1133,7 @@ def train_and_save(config: FinetuneConfig) -> None:
     """
     experiment, val_labels, run = open_experiment(config)
     folder = Path(config.output_dir or run / "classifier")
-    draws = list(chain.from_iterable(experiment.columns.values()))
+    draws = all_draws(experiment.columns)
     if len(draws) != 1:
         raise UsageError(
             "train takes one labelled set: one --labels-per-class, one --fraction or one "
