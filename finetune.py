@@ -294,7 +294,7 @@ def newton_step(x: Tensor, p: Tensor, gradient: Tensor, l2: float) -> Tensor:
     x: b d, p: b classes (the probabilities at W), gradient: classes d -> step: classes d.
 
     H has (classes d)^2 entries, too many to write down; conjugate gradients only need its product
-    with a direction (`hessian_product`). They converge in few rounds when they may divide the
+    with a direction (`hessian_product`). They need fewer rounds when they may divide the
     residual by a matrix M that is like H but easy to invert. Our M takes every class for an average
     one, and leaves out that a change of one class's logit changes the other probabilities:
 
