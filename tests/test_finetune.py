@@ -1,4 +1,7 @@
-"""finetune.py: the probe against its oracle, labelled sets, fine-tuning, no leak from validation, the command line."""
+"""finetune.py: the probe against its oracles, labelled sets, fine-tuning, the table, the commands.
+
+In the order of the file. No test needs data from outside: pictures are made here.
+"""
 
 import csv
 import io
@@ -16,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from common import assert_relatively_close, randn, randomized, tiny_config
 from PIL import Image
+from torch import Tensor
 
 import finetune
 from finetune import (
@@ -24,9 +28,13 @@ from finetune import (
     classify,
     draw_labelled,
     fit_logistic_probe,
+    hessian_product,
     layerwise_groups,
+    line_search,
     measure,
+    newton_step,
     open_experiment,
+    probe_objective,
     train_classifier,
 )
 from train_msn import ImagesInMemory, UsageError, run_program
@@ -35,88 +43,179 @@ from vitmsn import ViTMSNForImageClassification, ViTMSNModel, preprocess
 GOLDEN = Path(__file__).parent / "golden" / "logistic.npz"
 CLASSES = ["blå bær", "красный", "緑 茶"]  # names of folders: no ASCII, a space
 
+# --- the logistic probe ---------------------------------------------------------------------------
 
-def synthetic_rows(
-    n: int, d: int, classes: int, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy points around one centre per class, as the probe gets them."""
+
+def clustered_features(n: int, d: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Noisy points around one centre per class, as the probe gets them; and their labels."""
     labels = torch.arange(n) % classes
-    return center_and_scale(
-        randn(n, d, seed=seed) + 0.7 * randn(classes, d, seed=seed + 1)[labels]
-    ), labels
+    centers = 0.7 * randn(classes, d, seed=seed + 1)
+    return center_and_scale(randn(n, d, seed=seed) + centers[labels]), labels
 
 
-def gradient_norm(w, rows, labels, l2):
-    p = (rows @ w.T).softmax(dim=-1) - F.one_hot(labels, len(w))
-    return (p.T @ rows / len(rows) + l2 / len(rows) * w).norm().item()
+def objective_by_definition(w: Tensor, features: Tensor, labels: Tensor, l2: float) -> Tensor:
+    """L(W) as the comment above the probe has it, image by image."""
+    n = len(features)
+    loss = sum(-(w @ x).log_softmax(dim=0)[y] for x, y in zip(features, labels, strict=True))
+    return loss / n + (l2 / n) / 2 * (w**2).sum()
 
 
-# --- the logistic probe ---
+def gradient_by_definition(w: Tensor, features: Tensor, labels: Tensor, l2: float) -> Tensor:
+    w = w.clone().requires_grad_(True)
+    objective_by_definition(w, features, labels, l2).backward()
+    return w.grad
+
+
+def hessian_by_definition(w: Tensor, features: Tensor, labels: Tensor, l2: float) -> Tensor:
+    """All second derivatives of L. -> (classes d) (classes d)."""
+    hessian = torch.autograd.functional.hessian(
+        lambda w: objective_by_definition(w, features, labels, l2), w
+    )
+    return hessian.reshape(w.numel(), w.numel())
 
 
 def test_the_probe_finds_the_golden_minimiser():
+    """Features, W, objective and predictions are those of the reference, at each of its lambdas."""
     golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN).items()}
-    rows, test_rows = center_and_scale(golden["train_x"]), center_and_scale(golden["test_x"])
-    assert_relatively_close(rows, golden["train_rows"], 1e-12)
-    assert_relatively_close(test_rows, golden["test_rows"], 1e-12)
+    features = center_and_scale(golden["train_x"])
+    test_features = center_and_scale(golden["test_x"])
+    assert_relatively_close(features, golden["train_rows"], 1e-12)
+    assert_relatively_close(test_features, golden["test_rows"], 1e-12)
+
     labels = golden["train_y"].long()
     for i in range(int(golden["num_lambdas"])):
-        l2, expected = golden[f"lambda{i}"].item(), golden[f"W{i}"]
-        w = fit_logistic_probe(rows, labels, len(expected), l2)
-        objective = F.cross_entropy(rows @ w.T, labels) + l2 / len(rows) / 2 * w.square().sum()
+        l2 = golden[f"lambda{i}"].item()
+        expected = golden[f"W{i}"]
+        w = fit_logistic_probe(features, labels, len(expected), l2)
         assert_relatively_close(w, expected, 1e-9, f"W at lambda {l2}")
-        assert_relatively_close(
-            objective, golden[f"objective{i}"], 1e-12, f"objective at lambda {l2}"
-        )
-        assert torch.equal((test_rows @ w.T).argmax(dim=-1), golden[f"test_pred{i}"].long())
+        objective = probe_objective(features, labels, w, l2)
+        assert_relatively_close(objective, golden[f"objective{i}"], 1e-12, f"lambda {l2}")
+        predicted = (test_features @ w.T).argmax(dim=-1)
+        assert torch.equal(predicted, golden[f"test_pred{i}"].long())
 
 
 @pytest.mark.parametrize("n, d, classes", [(12, 200, 4), (300, 16, 7), (64, 64, 2)])
 @pytest.mark.parametrize("l2", [2.5e-4, 0.0025, 1.0])
+def test_at_the_probe_the_gradient_is_zero(n, d, classes, l2):
+    """With fewer images than features and with more, W is the minimiser: its gradient is 0."""
+    features, labels = clustered_features(n, d, classes)
+    w = fit_logistic_probe(features, labels, classes, l2)
+    assert gradient_by_definition(w, features, labels, l2).norm() < 1e-11
+
+
+@pytest.mark.parametrize("n, d, classes", [(12, 200, 4), (300, 16, 7)])
+@pytest.mark.parametrize("l2", [2.5e-4, 0.0025, 1.0])
 def test_the_probe_is_scikit_learns(n, d, classes, l2):
+    """Scikit-learn's LogisticRegression with C = 1 / lambda and no intercept has the same W."""
     linear_model = pytest.importorskip("sklearn.linear_model")
-    rows, labels = synthetic_rows(n, d, classes)
-    w = fit_logistic_probe(rows, labels, classes, l2)
-    assert gradient_norm(w, rows, labels, l2) < 1e-11
-    if classes > 2:  # two classes are another parametrisation there
-        theirs = linear_model.LogisticRegression(
-            C=1 / l2, fit_intercept=False, tol=1e-8, max_iter=5000
-        )
-        assert_relatively_close(w, theirs.fit(rows.numpy(), labels.numpy()).coef_, 1e-3)
+    features, labels = clustered_features(n, d, classes)
+    theirs = linear_model.LogisticRegression(
+        C=1 / l2, fit_intercept=False, tol=1e-8, max_iter=5000
+    ).fit(features.numpy(), labels.numpy())
+    w = fit_logistic_probe(features, labels, classes, l2)
+    assert_relatively_close(w, theirs.coef_, 1e-3)
 
 
-def test_rows_are_centred_and_of_unit_length():
-    rows = center_and_scale(3 + 5 * randn(6, 9))
-    assert rows.dtype == torch.float64
-    assert_relatively_close(rows.mean(dim=1), torch.zeros(6), 1e-15)
-    assert_relatively_close(rows.norm(dim=1), torch.ones(6), 1e-12)
+def test_the_objective_and_the_hessian_are_those_of_the_formula():
+    """L(W) and H D are what the definition of L gives, image by image and by autograd."""
+    features, labels = clustered_features(9, 5, 3)
+    w = randn(3, 5, seed=2, dtype=torch.float64)
+    direction = randn(3, 5, seed=3, dtype=torch.float64)
+
+    expected = objective_by_definition(w, features, labels, 0.3)
+    assert_relatively_close(probe_objective(features, labels, w, 0.3), expected, 1e-12)
+
+    hessian = hessian_by_definition(w, features, labels, 0.3)
+    expected = (hessian @ direction.flatten()).reshape(3, 5)
+    p = (features @ w.T).softmax(dim=-1)
+    assert_relatively_close(hessian_product(features, p, direction, 0.3), expected, 1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_conjugate_gradients_solve_for_the_newton_step(scale):
+    """What is left of the gradient after H step is a tenth, or |gradient|^2 where that is less."""
+    features, labels = clustered_features(30, 6, 4)
+    w = 5 * randn(4, 6, seed=2, dtype=torch.float64)
+    p = (features @ w.T).softmax(dim=-1)
+    gradient = scale * randn(4, 6, seed=3, dtype=torch.float64)
+
+    step = newton_step(features, p, gradient, 0.01)
+    hessian = hessian_by_definition(w, features, labels, 0.01)
+    residual = gradient.flatten() - hessian @ step.flatten()
+    assert residual.norm() <= min(0.1, gradient.norm()) * gradient.norm() * (1 + 1e-9)
+
+
+def test_of_two_classes_the_preconditioner_is_half_the_hessian(monkeypatch):
+    """With two classes and next to no regularisation, the first round gives the exact step."""
+    features, labels = clustered_features(40, 6, 2)
+    w = randn(2, 6, seed=2, dtype=torch.float64)
+    p = (features @ w.T).softmax(dim=-1)
+    gradient = gradient_by_definition(w, features, labels, 0.0)
+    products = []
+
+    def count(*arguments):
+        products.append(hessian_product(*arguments))
+        return products[-1]
+
+    monkeypatch.setattr(finetune, "hessian_product", count)
+    newton_step(features, p, 1e-6 * gradient, 1e-9)
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize("times, share", [(1, 1.0), (10, 0.125), (1000, 2.0**-9)])
+def test_a_step_that_is_too_long_is_halved_until_the_objective_does_not_rise(times, share):
+    """The line search takes all of a Newton step, and a part of one that is made too long."""
+    features, labels = clustered_features(30, 6, 4)
+    w = torch.zeros(4, 6, dtype=torch.float64)
+    gradient = gradient_by_definition(w, features, labels, 1.0)
+    hessian = hessian_by_definition(w, features, labels, 1.0)
+    newton = torch.linalg.solve(hessian, gradient.flatten()).reshape(4, 6)
+
+    taken = line_search(features, labels, w, times * newton, 1.0)
+    assert taken == share
+
+    before = probe_objective(features, labels, w, 1.0)
+    assert probe_objective(features, labels, w - taken * times * newton, 1.0) <= before
+    if taken < 1:
+        assert probe_objective(features, labels, w - 2 * taken * times * newton, 1.0) > before
+
+
+def test_features_are_centred_and_of_unit_length():
+    """Each image's features have mean 0 and length 1, in float64."""
+    features = center_and_scale(3 + 5 * randn(6, 9))
+    assert features.dtype == torch.float64
+    assert_relatively_close(features.mean(dim=1), torch.zeros(6), 1e-15)
+    assert_relatively_close(features.norm(dim=1), torch.ones(6), 1e-12)
 
 
 def test_shuffled_labels_score_at_chance():
-    rows, labels = synthetic_rows(600, 32, 5)
+    """A probe learns from true labels, and nothing from shuffled ones."""
+    features, labels = clustered_features(600, 32, 5)
     shuffled = labels[torch.randperm(600, generator=torch.Generator().manual_seed(1))]
     accuracy = {}
     for name, given in (("true", labels), ("shuffled", shuffled)):
-        w = fit_logistic_probe(rows[:300], given[:300], 5, 0.0025)
-        accuracy[name] = ((rows[300:] @ w.T).argmax(dim=-1) == labels[300:]).double().mean().item()
+        w = fit_logistic_probe(features[:300], given[:300], 5, 0.0025)
+        predicted = (features[300:] @ w.T).argmax(dim=-1)
+        accuracy[name] = (predicted == labels[300:]).double().mean().item()
     assert accuracy["true"] > 0.85
     assert abs(accuracy["shuffled"] - 0.2) < 0.09  # four standard deviations of 300 guesses
 
 
-# --- labelled sets ---
+# --- labelled sets --------------------------------------------------------------------------------
 
 
 def test_draws_are_stratified_reproducible_and_nested():
+    """A draw has the wanted number of each class, depends on its seed only, and contains less."""
     labels = torch.arange(80) % 4
     labels[::7] = -1  # may not be drawn
     five = draw_labelled(labels, 5, seed=3)
-    assert torch.equal(
-        labels[five], torch.arange(4).repeat_interleave(5)
-    )  # class by class; none of those marked -1
+    # Class by class; none of those marked -1.
+    assert torch.equal(labels[five], torch.arange(4).repeat_interleave(5))
     assert len(set(five)) == 20
     assert five == draw_labelled(labels, 5, seed=3) != draw_labelled(labels, 5, seed=4)
     assert set(draw_labelled(labels, 2, seed=3)) < set(five)
     assert labels[draw_labelled(labels, [1, 0, 3, 2], seed=0)].tolist() == [0, 2, 2, 2, 3, 3]
+
     torch.manual_seed(9)
     torch.rand(5)  # the global generator has no say
     assert five == draw_labelled(labels, 5, seed=3)
@@ -124,18 +223,33 @@ def test_draws_are_stratified_reproducible_and_nested():
         draw_labelled(labels, 18, 0, ["fig", "kiwi", "pear", "plum"])
 
 
-# --- fine-tuning ---
+def unlabelled_experiment(labels: Tensor, config: FinetuneConfig, columns: dict, tuning: list):
+    """An experiment without images, for what only looks at labels."""
+    data = finetune.Images(CLASSES, None, labels, None, None)
+    return finetune.Experiment(config, {}, data, [0], columns, tuning)
+
+
+def test_a_share_of_the_labels_is_a_share_of_each_class():
+    """A column of 25 % has a quarter of each class, rounded, and no class without an image."""
+    labels = torch.tensor([0] * 40 + [1] * 10 + [2] * 1)
+    config = FinetuneConfig(labels_per_class="3", fraction="0.25,1")
+    data = finetune.Images(CLASSES, None, labels, None, None)
+    assert finetune.images_per_class(config, data) == {"3/class": 3, "25 %": [10, 2, 1]}
+
+
+# --- fine-tuning ----------------------------------------------------------------------------------
 
 
 def test_layer_decay_gives_each_parameter_its_rate():
+    """A layer learns at `decay` times the rate of the one above it; only matrices decay."""
     model = ViTMSNForImageClassification(tiny_config(num_hidden_layers=3))
-    groups = layerwise_groups(model, 1.0, 0.5, 0.1)
-    found = {
-        id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
-    }
-    assert (
-        sum(len(group["params"]) for group in groups) == len(found) == len(list(model.parameters()))
-    )
+    found = {}
+    for group in layerwise_groups(model, 1.0, 0.5, 0.1):
+        for parameter in group["params"]:
+            assert id(parameter) not in found
+            found[id(parameter)] = (group["lr"], group["weight_decay"])
+    assert len(found) == len(list(model.parameters()))
+
     rates = {
         "classifier": 1,
         "vit.norm": 1,
@@ -151,43 +265,91 @@ def test_layer_decay_gives_each_parameter_its_rate():
         assert found[id(parameter)] == (rate, 0.1 if parameter.ndim > 1 else 0.0), name
 
 
-def colored_images(n: int, seed: int) -> tuple[ImagesInMemory, torch.Tensor]:
+def test_the_learning_rate_rises_for_a_tenth_of_the_steps_then_falls():
+    """No step has rate 0, the highest comes after a tenth of the steps, the last is the lowest."""
+    factors = [finetune.learning_rate_factor(step, 100) for step in range(100)]
+    assert_relatively_close(factors[:10], [(step + 1) / 10 for step in range(10)], 1e-12)
+    assert max(factors) == factors[9] == 1
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+    assert 0 < factors[-1] < 0.001
+
+
+def test_batches_show_each_image_once_before_any_comes_again():
+    """Whatever the batch size, each round of the batches is an order of all labelled images."""
+    indices = [3, 5, 8, 11, 20]
+    generator = torch.Generator().manual_seed(0)
+    batches = finetune.shuffled_batches(indices, 2, generator)
+    seen = [i for _ in range(10) for i in next(batches)]
+    rounds = [seen[start : start + 5] for start in range(0, 20, 5)]
+    assert all(sorted(order) == indices for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1
+
+
+def test_a_crop_of_the_whole_image_is_the_image_half_of_them_flipped():
+    """Crops of square images at scale 1 that don't fit are whole; flips are left to right."""
+    images = torch.randint(0, 256, (200, 3, 1, 8), dtype=torch.uint8)
+    images = images.expand(-1, -1, 8, -1)  # all lines alike, so only the direction matters
+    sizes = torch.full((200, 2), 8)
+    generator = torch.Generator().manual_seed(0)
+    views = finetune.crop_and_flip(images, sizes, (1.0, 1.0), 8, generator)
+    # At scale 1 a crop of another shape than the image's own does not fit: it is the whole image.
+    whole = finetune.normalize(images.float() / 255)
+    same = (views - whole).abs().amax(dim=(1, 2, 3)) < 1e-4
+    flipped = (views - whole.flip(-1)).abs().amax(dim=(1, 2, 3)) < 1e-4
+    assert (same | flipped).all()
+    assert 70 < flipped.sum() < 130  # four standard deviations around a half
+
+
+def colored_images(n: int, seed: int) -> tuple[ImagesInMemory, Tensor]:
     """Noise with one bright channel, which is the class."""
     labels = torch.arange(n) % 3
-    pixels = torch.randint(
-        60, (n, 3, 16, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
-    )
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(60, (n, 3, 16, 16), generator=generator, dtype=torch.uint8)
     pixels[torch.arange(n), labels] += 120
     return ImagesInMemory(pixels), labels
 
 
+def tiny_encoder(**changes) -> ViTMSNModel:
+    return randomized(ViTMSNModel(tiny_config(image_size=16, **changes)))
+
+
 def test_training_learns_repeats_itself_and_looks_at_labelled_images_only():
-    config = FinetuneConfig(steps=30, lr=3e-3, batch_size=8, drop_path_rate=0.0)
+    """The trained weights are a function of the labelled images, their labels and the seed."""
+    config = FinetuneConfig(steps=30, lr=3e-3, batch_size=8, crop_scale=(0.3, 1.0))
     images, labels = colored_images(60, 0)
     labelled = list(range(12))
-    poisoned = ImagesInMemory(images.images.clone()), labels.clone()
-    poisoned[0].images[12:] = 255
-    poisoned[1][12:] = -100  # cross_entropy would leave these out, or fail
-    results = []
-    config = replace(config, crop_scale=(0.3, 1.0))
-    for data, given in ((images, labels), (images, labels), poisoned):
-        model = finetune.build_classifier(
-            randomized(ViTMSNModel(tiny_config(image_size=16, patch_size=8))), CLASSES, config, None
-        )
+    poisoned_images = ImagesInMemory(images.images.clone())
+    poisoned_images.images[12:] = 255
+    poisoned_labels = labels.clone()
+    poisoned_labels[12:] = -100  # cross_entropy would leave these out, or fail
+
+    models = []
+    for data, given in ((images, labels), (images, labels), (poisoned_images, poisoned_labels)):
+        model = finetune.build_classifier(tiny_encoder(patch_size=8), CLASSES, config, None)
         train_classifier(model, data, given, labelled, config, config.lr, 0.8, seed=0)
-        results.append(model)
-    for other in results[1:]:
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(results[0].parameters(), other.parameters(), strict=True)
-        )
-    assert not results[0].training
-    assert (
-        classify(results[0], images, list(range(12, 60))).argmax(dim=-1) == labels[12:]
-    ).double().mean() > 0.9
+        models.append(model)
+
+    first, *others = models
+    for other in others:
+        for a, b in zip(first.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert not first.training
+    predicted = classify(first, images, list(range(12, 60))).argmax(dim=-1)
+    assert (predicted == labels[12:]).double().mean() > 0.9
+
+
+def test_epochs_lengthen_training_and_its_progress_is_told_ten_times(capsys):
+    """The number of steps is --steps, or what --epochs passes take where that is more."""
+    images, labels = colored_images(30, 0)
+    config = FinetuneConfig(steps=3, epochs=4.0, batch_size=6)
+    model = finetune.build_classifier(tiny_encoder(patch_size=8), CLASSES, config, None)
+    train_classifier(model, images, labels, list(range(30)), config, 1e-3, 0.8, 0, verbose=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == [f"{step}/20" for step in range(2, 21, 2)]
 
 
 def test_a_loss_that_is_not_finite_stops_training():
+    """Training that diverges ends with an error that names the step, not with a useless model."""
     images, labels = colored_images(6, 0)
     model = ViTMSNForImageClassification(tiny_config(image_size=16, patch_size=8, num_labels=3))
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
@@ -195,13 +357,39 @@ def test_a_loss_that_is_not_finite_stops_training():
         train_classifier(model, images, labels, list(range(6)), FinetuneConfig(), 1e-3, 1.0, 0)
 
 
-# --- the commands, on pictures made here ---
+def test_fine_tuning_starts_as_the_probe():
+    """Before its first step, the classifier gives the probabilities of the probe it starts from."""
+    images, labels = colored_images(12, 0)
+    everything = list(range(12))
+    encoder = tiny_encoder()
+    device = torch.device("cpu")
+    representations, _ = finetune.embed_images(encoder, images, everything, 16, device)
+    features = center_and_scale(representations)
+    w = fit_logistic_probe(features, labels, 3, 0.1)
+
+    model = finetune.build_classifier(encoder, CLASSES, FinetuneConfig(), w).eval()
+    expected = (features @ w.T).softmax(dim=-1)
+    assert_relatively_close(classify(model, images, everything), expected, 1e-4)
+
+
+def test_saving_changes_no_prediction(tmp_path):
+    """A classifier that is saved and loaded again gives the same probabilities, bit for bit."""
+    images, _ = colored_images(9, 0)
+    config = tiny_config(image_size=16, num_labels=3)
+    model = randomized(ViTMSNForImageClassification(config)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = finetune.load_model(FinetuneConfig(checkpoint=str(tmp_path)), classifier=True)
+    assert torch.equal(classify(model, images, [0, 4, 8]), classify(loaded, images, [0, 4, 8]))
+
+
+# --- the table ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with data (train/CLASS/*, val/CLASS/*) and an encoder, and what `train` makes of them."""
-    folder, rng = tmp_path_factory.mktemp("wörld"), np.random.default_rng(0)
+    """A folder with data/ (train/CLASS/*, val/CLASS/*), encoder/ and the classifier/ of `train`."""
+    folder = tmp_path_factory.mktemp("wörld")
+    rng = np.random.default_rng(0)
     for part, count in (("train", 8), ("val", 4)):
         for c, name in enumerate(CLASSES):
             (folder / "data" / part / name).mkdir(parents=True)
@@ -210,65 +398,70 @@ def world(tmp_path_factory) -> Path:
                 pixels[..., c] += 120
                 Image.fromarray(pixels).save(folder / "data" / part / name / f"{part} {c} {i}é.png")
     torch.manual_seed(0)
-    randomized(ViTMSNModel(tiny_config(image_size=16, patch_size=8))).save_pretrained(
-        folder / "encoder"
-    )
-    assert (
-        run(folder, "train", "--lr", "3e-3", "--epochs", "5", "--output-dir", folder / "classifier")
-        == 0
-    )
+    tiny_encoder(patch_size=8).save_pretrained(folder / "encoder")
+    classifier = folder / "classifier"
+    assert run_on(folder, "train", lr=3e-3, epochs=5, output_dir=classifier) == 0
     return folder
 
 
-def run(folder: Path, *arguments, data: bool = True) -> int:
-    """finetune.py's exit status, with the folder's encoder and data unless a command has its own."""
-    own = [
-        "--checkpoint",
-        folder / "encoder",
-        "--data",
-        folder / "data",
-        "--steps",
-        "10",
-        "--batch-size",
-        "8",
-    ]
-    return run_program(finetune.main, [str(a) for a in (*arguments, *(own if data else []))])
+def run(*words, **flags) -> int:
+    """finetune.py's exit status, with flags such as --lr from arguments such as lr."""
+    arguments = [str(word) for word in words]
+    for name, value in flags.items():
+        arguments.append(f"--{name.replace('_', '-')}={value}")
+    return run_program(finetune.main, arguments)
 
 
-def table(path: Path) -> list[dict]:
+def run_on(world: Path, *words, **flags) -> int:
+    """The same with the encoder and the data of `world`, ten steps unless a flag says else."""
+    own = {"checkpoint": world / "encoder", "data": world / "data", "steps": 10, "batch_size": 8}
+    return run(*words, **{**own, **flags})
+
+
+def settings_on(world: Path, **changes) -> FinetuneConfig:
+    """Settings with the encoder and the data of `world`."""
+    return FinetuneConfig(checkpoint=str(world / "encoder"), data=str(world / "data"), **changes)
+
+
+def read_csv(path: Path) -> list[dict]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
 def test_the_table_has_every_method_and_column(world, capsys):
-    flags = (
-        "--labels-per-class",
-        "1,2",
-        "--fraction",
-        "0.25",
-        "--seeds",
-        "0,1",
-        "--output-dir",
-        world / "table",
-    )
-    assert run(world, *flags, "--methods", ",".join(finetune.METHODS)) == 0
-    rows, out = table(world / "table" / "table.csv"), capsys.readouterr().out
-    assert {row["method"] for row in rows} == set(finetune.METHODS)
-    cells = {(row["method"], row["column"]): row for row in rows}
-    assert ("finetune", "100 %") not in cells and float(cells["probe", "100 %"]["mean"]) == 1
-    draws = [float(x) for x in cells["pixels", "2/class"]["draws"].split()]
-    assert_relatively_close(float(cells["pixels", "2/class"]["mean"]), np.mean(draws), 1e-12)
-    assert_relatively_close(float(cells["pixels", "2/class"]["sd"]), np.std(draws, ddof=1), 1e-12)
-    assert cells["scratch", "25 %"]["labels_per_class"] == "2.0" and "no draw uses" in out
-    assert "±" in out and (world / "table" / "table.png").stat().st_size > 1000
-    assert json.loads((world / "table" / "config.json").read_text())["steps"] == 10
+    """Every method is measured in every column, trained ones with all labels only on demand."""
+    folder = world / "table"
+    methods = ",".join(finetune.METHODS)
+    flags = {"labels_per_class": "1,2", "fraction": 0.25, "seeds": "0,1", "methods": methods}
+    assert run_on(world, **flags, output_dir=folder) == 0
+    out = capsys.readouterr().out
+
+    cells = {(cell["method"], cell["column"]): cell for cell in read_csv(folder / "table.csv")}
+    columns = ["1/class", "2/class", "25 %"]
+    expected = {(method, column) for method in finetune.METHODS for column in columns}
+    frozen = [method for method in finetune.METHODS if method not in ("finetune", "scratch")]
+    assert set(cells) == expected | {(method, "100 %") for method in frozen}
+
+    cell = cells["pixels", "2/class"]
+    draws = [float(x) for x in cell["draws"].split()]
+    assert_relatively_close(float(cell["mean"]), np.mean(draws), 1e-12)
+    assert_relatively_close(float(cell["sd"]), np.std(draws, ddof=1), 1e-12)
+    assert float(cells["probe", "100 %"]["mean"]) == 1
+    assert cells["probe", "100 %"]["sd"] == ""
+    assert cells["scratch", "25 %"]["labels_per_class"] == "2.0"
+
+    printed = next(line for line in out.splitlines() if line.startswith("pixels")).split()
+    assert printed[4:7] == [f"{100 * np.mean(draws):.1f}", "±", f"{100 * float(cell['sd']):.1f}"]
+    assert "no draw uses" in out
+    assert (folder / "table.png").stat().st_size > 1000
+    assert json.loads((folder / "config.json").read_text())["steps"] == 10
 
 
 def test_no_draw_uses_the_tuning_part_and_no_result_depends_on_validation(
     world, monkeypatch, tmp_path
 ):
-    config = FinetuneConfig(
-        checkpoint=str(world / "encoder"),
-        data=str(world / "data"),
+    """With other validation labels, every prediction and the tuned learning rate are the same."""
+    config = settings_on(
+        world,
         labels_per_class="1,3",
         full=False,
         fraction="",
@@ -276,92 +469,253 @@ def test_no_draw_uses_the_tuning_part_and_no_result_depends_on_validation(
         steps=5,
         methods=",".join(finetune.METHODS),
     )
-    predictions, honest, made = [], finetune.open_data, finetune.Experiment.predict
+    open_honestly = finetune.open_data
+    predict = finetune.Experiment.predict
+    made = []  # predictions and rates, of the table that is being measured
 
-    def corrupted(train_config):
-        data = honest(train_config)
+    def open_corrupted(train_config):
+        data = open_honestly(train_config)
         return data._replace(val_labels=data.val_labels.flip(0))
 
-    def recorded(experiment, *arguments):
-        predictions[-1].append((made(experiment, *arguments), experiment.scratch_lr))
-        return predictions[-1][-1][0]
+    def record(experiment, *arguments):
+        prediction = predict(experiment, *arguments)
+        made.append((prediction, experiment.scratch_lr))
+        return prediction
 
-    monkeypatch.setattr(finetune.Experiment, "predict", recorded)
-    for source in (honest, corrupted):
-        predictions.append([])
+    monkeypatch.setattr(finetune.Experiment, "predict", record)
+    results = []
+    for source in (open_honestly, open_corrupted):
         monkeypatch.setattr(finetune, "open_data", source)
         experiment, val_labels, _ = open_experiment(config)
         assert experiment.data.val_labels is None
-        drawn = {i for draws in experiment.columns.values() for draw in draws for i in draw}
+        drawn = {i for draw in finetune.all_draws(experiment.columns) for i in draw}
         assert len(experiment.tuning) >= 6 and not drawn & set(experiment.tuning)
         measure(experiment, val_labels, tmp_path)
-    assert len(predictions[0]) == len(finetune.METHODS) * 2 * 2
-    for (first, rate), (second, other_rate) in zip(*predictions, strict=True):
-        assert torch.equal(first, second) and rate == other_rate
+        results.append(list(made))
+        made.clear()
+
+    honest, corrupted = results
+    assert len(honest) == len(finetune.METHODS) * 2 * 2
+    for (prediction, rate), (other, other_rate) in zip(honest, corrupted, strict=True):
+        assert torch.equal(prediction, other) and rate == other_rate
+
+
+def test_frozen_features_are_those_of_the_named_encoder(world):
+    """Pretrained is the checkpoint's encoder, untrained another one; raw pixels are few."""
+    config = settings_on(world, pixel_size=4, full=False, fraction="", labels_per_class="2")
+    experiment, _, _ = open_experiment(config)
+    device = torch.device("cpu")
+    for kind, size in (("pretrained", 16), ("untrained", 16), ("pixels", 4)):
+        encoder = experiment.encoders[kind]
+        expected, _ = finetune.embed_images(encoder, experiment.data.train, [0, 5], size, device)
+        assert torch.equal(experiment.features(kind, "train", [0, 5]), expected)
+        assert not torch.equal(experiment.features(kind, "val", [0, 5]), expected)
+
+    pretrained = ViTMSNModel.from_pretrained(world / "encoder")
+    assert torch.equal(experiment.encoders["pretrained"].pos_embed, pretrained.pos_embed)
+    assert not torch.equal(experiment.encoders["untrained"].pos_embed, pretrained.pos_embed)
+
+
+@pytest.mark.parametrize(
+    "method, kind",
+    [
+        ("probe", "pretrained"),
+        ("knn20", "pretrained"),
+        ("knn200", "pretrained"),
+        ("untrained", "untrained"),
+        ("pixels", "pixels"),
+    ],
+)
+def test_a_method_on_frozen_features_sees_its_own_kind(method, kind, monkeypatch):
+    """Probe and k-NN take the pretrained encoder; the baselines an untrained one or raw pixels."""
+    labels = torch.arange(12) % 3
+    experiment = unlabelled_experiment(labels, FinetuneConfig(), {}, [])
+    asked = []
+
+    def features(self, kind, part, indices):
+        asked.append((kind, part))
+        return F.one_hot(labels[indices], 4).float()  # three classes: the centred ones differ
+
+    monkeypatch.setattr(finetune.Experiment, "features", features)
+    assert experiment.predict(method, [0, 1, 2, 3], 0).tolist() == [0]  # validation image 0
+    assert asked == [(kind, "train"), (kind, "val")]
+
+
+def test_the_rate_from_scratch_is_tuned_on_all_classes(monkeypatch):
+    """Every fifth tuning image of each class trains, the others test; the best rate is taken."""
+    labels = torch.arange(3).repeat_interleave(7)
+    experiment = unlabelled_experiment(labels, FinetuneConfig(), {}, list(range(21)))
+    trained = []
+    tested = []
+    best = finetune.SCRATCH_RATES[2]
+
+    def train(self, method, indices, seed, lr):
+        trained.append(indices)
+        return lr
+
+    def predict(lr, images, indices):
+        tested.append(indices)
+        return F.one_hot(labels if lr == best else 0 * labels, 3)[indices]
+
+    monkeypatch.setattr(finetune.Experiment, "trained", train)
+    monkeypatch.setattr(finetune, "classify", predict)
+    assert experiment.scratch_lr == best
+    assert len(trained) == len(tested) == len(finetune.SCRATCH_RATES)
+    assert labels[trained[0]].tolist() == [0, 0, 1, 1, 2, 2]
+    assert sorted(trained[0] + tested[0]) == list(range(21))
+
+
+def test_draws_are_trained_by_their_own_seeds(tmp_path, monkeypatch):
+    """Draw i is made and trained with seed i; the only draw of all labels with the first."""
+    columns = {"1/class": [[0], [1]], "100 %": [[0, 1, 2]]}
+    config = FinetuneConfig(methods="probe", seeds="7,5")
+    experiment = unlabelled_experiment(torch.arange(3), config, columns, [])
+    seeds = []
+
+    def predict(self, method, indices, seed):
+        seeds.append(seed)
+        return torch.zeros(1)
+
+    monkeypatch.setattr(finetune.Experiment, "predict", predict)
+    measure(experiment, torch.zeros(1), tmp_path)
+    assert seeds == [7, 5, 7]
+
+
+def test_a_label_list_is_the_labelled_set(world, tmp_path):
+    """A line may be the name of a file or CLASS/NAME, in any order: the same labelled set."""
+    train = world / "data" / "train"
+    listed = [next((train / name).glob("*2é.png")) for name in CLASSES]
+    names = [path.name for path in listed]
+    (tmp_path / "a.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    longer = [f"{path.parent.name}/{path.name}" for path in reversed(listed)]
+    (tmp_path / "b.txt").write_text("\n".join(longer), encoding="utf-8")
+
+    lists = f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}"
+    experiment, _, _ = open_experiment(settings_on(world, label_list=lists))
+    assert list(experiment.columns) == ["listed"]
+    first, second = experiment.columns["listed"]
+    assert first == second and {experiment.data.train.paths[i] for i in first} == set(listed)
+
+
+def test_a_label_list_of_nothing_or_of_an_unknown_name_is_refused(world, tmp_path, capsys):
+    """A list without a name, or with one that no training image has, is refused by a clear line."""
+    (tmp_path / "a.txt").write_text("\n \n")
+    assert run_on(world, label_list=tmp_path / "a.txt") == 2
+    assert "a.txt names no training image" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("train 0 1é.png\nwho.png\n", encoding="utf-8")
+    assert run_on(world, label_list=tmp_path / "a.txt") == 2
+    assert "1 of 2 lines name no training image or several: who.png." in capsys.readouterr().err
+
+
+def test_a_label_list_of_damaged_images_only_is_refused(world, capsys, tmp_path):
+    """A labelled set must have an image that can be read."""
+    shutil.copytree(world / "data", tmp_path / "data")
+    damaged = min((tmp_path / "data" / "train" / CLASSES[0]).iterdir())
+    damaged.write_bytes(b"")
+    (tmp_path / "list.txt").write_text(damaged.name, encoding="utf-8")
+    assert run_on(world, data=tmp_path / "data", label_list=tmp_path / "list.txt") == 2
+    assert "none of a label list" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_unreadable_training_image_is_replaced_in_the_draws_and_counted(
+    world, capsys, monkeypatch, tmp_path
+):
+    """A draw takes the next image of the class in its place, and keeps its size."""
+    (tmp_path / "train").symlink_to(world / "data" / "train")
+    for name in CLASSES:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        picture = next((world / "data" / "val" / name).glob("*1é.png"))
+        (tmp_path / "val" / name / "1.png").write_bytes(picture.read_bytes())
+    config = replace(settings_on(world, labels_per_class="2", fraction=""), data=str(tmp_path))
+    before, _, _ = open_experiment(config)
+    broken = before.columns["2/class"][0][0]
+    read = finetune.ImageFiles.read
+
+    def fail_for_one(images, i):
+        is_broken = len(images) == 24 and i == broken  # 24: the training images
+        return None if is_broken else read(images, i)
+
+    monkeypatch.setattr(finetune.ImageFiles, "read", fail_for_one)
+    after, _, _ = open_experiment(config)
+    draw = after.columns["2/class"][0]
+    assert broken not in draw
+    assert set(before.columns["2/class"][0]) - {broken} < set(draw)
+    assert after.data.train_labels[draw].tolist() == [0, 0, 1, 1, 2, 2]
+    assert broken not in after.columns["100 %"][0]
+    assert "(1 so far)" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_utf8_stays_in_the_table(tmp_path):
+    """The bytes of a file's name are written as they are."""
+    record = {"image": os.fsdecode(b"caf\xe9.png")}
+    finetune.write_csv(tmp_path / "new" / "a.csv", ("image",), [record])
+    assert (tmp_path / "new" / "a.csv").read_bytes() == b"image\ncaf\xe9.png\n"
+
+
+# --- the commands ---------------------------------------------------------------------------------
 
 
 def test_a_saved_classifier_predicts_the_same_when_loaded(world):
+    """What `train` leaves behind is a classifier that knows the names of its classes."""
     paths = sorted((world / "data" / "val").rglob("*.png"))
     model = ViTMSNForImageClassification.from_pretrained(world / "classifier")
     assert list(model.config.id2label.values()) == sorted(CLASSES)
+
     logits = model(preprocess([Image.open(path) for path in paths], model.config)).logits
     ours = classify(model, finetune.ImageFiles(paths, 32, 0, check=False), list(range(len(paths))))
-    assert_relatively_close(
-        logits.softmax(dim=-1), ours, 0.02
-    )  # two resizes that round differently
-    assert [model.config.id2label[c] for c in logits.argmax(dim=-1).tolist()] == [
-        path.parent.name for path in paths
-    ]
-    assert [float(row["accuracy"]) for row in table(world / "classifier" / "accuracy.csv")] == [
-        1.0
-    ] * 4
+    # 0.02: two ways to resize that round differently
+    assert_relatively_close(logits.softmax(dim=-1), ours, 0.02)
+    names = [model.config.id2label[c] for c in logits.argmax(dim=-1).tolist()]
+    assert names == [path.parent.name for path in paths]
 
 
-def test_fine_tuning_starts_as_the_probe():
-    images, labels = colored_images(12, 0)
-    encoder = randomized(ViTMSNModel(tiny_config(image_size=16)))
-    rows = center_and_scale(
-        finetune.embed_images(encoder, images, list(range(12)), 16, torch.device("cpu"))[0]
-    )
-    w = fit_logistic_probe(rows, labels, 3, 0.1)
-    model = finetune.build_classifier(encoder, CLASSES, FinetuneConfig(), w).eval()
-    assert_relatively_close(
-        classify(model, images, list(range(12))), (rows @ w.T).softmax(dim=-1), 1e-4
-    )
+def test_accuracy_is_told_for_each_class_and_for_all(world):
+    """accuracy.csv has a line for each class and one for all validation images."""
+    records = read_csv(world / "classifier" / "accuracy.csv")
+    assert [record["class"] for record in records] == [*sorted(CLASSES), "all"]
+    assert [record["images"] for record in records] == ["4", "4", "4", "12"]
+    assert [float(record["accuracy"]) for record in records] == [1.0] * 4
+
+    predicted = torch.tensor([0, 0, 1, 2, 2])
+    truth = torch.tensor([0, 0, 0, 2, 1])
+    records = finetune.class_accuracies(predicted, truth, ["a", "b", "c"])
+    accuracies = [(record["class"], record["images"], record["accuracy"]) for record in records]
+    assert accuracies == [("a", 3, 2 / 3), ("b", 1, 0), ("c", 1, 1), ("all", 5, 3 / 5)]
 
 
-def test_saving_changes_no_prediction(tmp_path):
-    images, _ = colored_images(9, 0)
-    model = randomized(
-        ViTMSNForImageClassification(tiny_config(image_size=16, num_labels=3))
-    ).eval()
-    model.save_pretrained(tmp_path)
-    loaded = finetune.load_model(FinetuneConfig(checkpoint=str(tmp_path)), classifier=True)
-    assert torch.equal(classify(model, images, [0, 4, 8]), classify(loaded, images, [0, 4, 8]))
+def test_a_class_without_validation_images_has_no_accuracy(world, tmp_path, capsys):
+    """With a single validation image, accuracy.csv has its class and the line for all, no NaN."""
+    flags = {"labels_per_class": 1, "val_images": 1, "steps": 1, "epochs": 0}
+    assert run_on(world, "train", **flags, output_dir=tmp_path) == 0
+    assert len(read_csv(tmp_path / "accuracy.csv")) == 2
+    assert "nan" not in capsys.readouterr().out
 
 
 def test_predict_names_skips_and_counts_what_it_cannot_read(world, capsys, tmp_path):
+    """One line for each picture; a broken one is named and counted, other files are left alone."""
     (tmp_path / "sub").mkdir()
     Image.new("RGB", (30, 20), (0, 0, 200)).save(tmp_path / "sub" / "blau ü.png")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     (tmp_path / "notes.txt").write_text("not an image, and not named like one")
-    flags = ("--top", "2", "--csv", tmp_path / "out.csv")
-    assert run(world, "predict", world / "classifier", tmp_path, *flags, data=False) == 0
+    table = tmp_path / "out.csv"
+    assert run("predict", world / "classifier", tmp_path, top=2, csv=table) == 0
+
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 1 and "blau ü.png: " + sorted(CLASSES)[2] in out
-    assert (
-        "broken.jpg is no readable image" in err
-        and "1 pictures, 1 unreadable" in err
-        and "notes" not in err
-    )
-    rows = table(tmp_path / "out.csv")
-    assert [row["place"] for row in rows] == ["1", "2"] and rows[0]["class"] == sorted(CLASSES)[2]
+    blue = sorted(CLASSES)[2]
+    assert len(out.splitlines()) == 1 and f"blau ü.png: {blue}" in out
+    assert "broken.jpg is no readable image" in err and "1 pictures, 1 unreadable" in err
+    assert "notes" not in err
+    records = read_csv(table)
+    assert [record["place"] for record in records] == ["1", "2"]
+    assert records[0]["class"] == blue
+    assert float(records[0]["probability"]) > float(records[1]["probability"])
 
 
-def test_embed_writes_one_row_per_image_with_its_path_and_class(world, tmp_path):
-    flags = ("--output", tmp_path / "new" / "f.npz")
-    assert run(world, "embed", world / "encoder", world / "data" / "val", *flags, data=False) == 0
-    content = np.load(tmp_path / "new" / "f.npz")
+def test_embed_writes_features_path_and_class_of_each_image(world, tmp_path):
+    """features.npz has the representation of each picture, its path and its folder's name."""
+    target = tmp_path / "new" / "f.npz"
+    assert run("embed", world / "encoder", world / "data" / "val", output=target) == 0
+    content = np.load(target)
     assert content["features"].shape == (12, 24) and content["features"].dtype == np.float32
     assert [Path(path).parent.name for path in content["paths"]] == content["classes"].tolist()
     encoder = ViTMSNModel.from_pretrained(world / "encoder")
@@ -369,182 +723,100 @@ def test_embed_writes_one_row_per_image_with_its_path_and_class(world, tmp_path)
     assert_relatively_close(content["features"][5], expected[0], 0.02)
 
 
-def test_a_name_that_is_no_utf8_stays_in_the_table(tmp_path):
-    finetune.write_csv(tmp_path / "new" / "a.csv", ("image",), [(os.fsdecode(b"caf\xe9.png"),)])
-    assert (tmp_path / "new" / "a.csv").read_bytes() == b"image\ncaf\xe9.png\n"
-
-
-def test_a_rate_from_scratch_is_tuned_on_all_classes(monkeypatch):
-    labels, seen = torch.arange(3).repeat_interleave(7), []
-    scores = torch.zeros(21, 3)
-    data = finetune.Images(CLASSES, None, labels, None, None)
-    experiment = finetune.Experiment(FinetuneConfig(), {}, data, [], {}, list(range(21)))
-    monkeypatch.setattr(
-        finetune.Experiment, "trained", lambda self, method, fit, seed, lr: seen.append(fit)
-    )
-    monkeypatch.setattr(
-        finetune, "classify", lambda model, images, held: seen.append(held) or scores[held]
-    )
-    assert experiment.scratch_lr in finetune.SCRATCH_RATES and len(seen) == 6
-    fit, held = seen[:2]
-    assert labels[fit].tolist() == [0, 0, 1, 1, 2, 2] and sorted(fit + held) == list(range(21))
-
-
-def test_draws_are_trained_by_their_own_seeds(tmp_path, monkeypatch):
-    seeds, data = [], finetune.Images(CLASSES, None, torch.arange(3), None, None)
-    columns = {"1/class": [[0], [1]], "100 %": [[0, 1, 2]]}
-    experiment = finetune.Experiment(
-        FinetuneConfig(methods="probe", seeds="7,5"), {}, data, [0], columns, []
-    )
-    predict = lambda self, method, draw, seed: seeds.append(seed) or torch.zeros(1)  # noqa: E731
-    monkeypatch.setattr(finetune.Experiment, "predict", predict)
-    measure(experiment, torch.zeros(1), tmp_path)
-    assert seeds == [7, 5, 7]
-
-
-def test_train_tells_of_no_class_that_no_validation_image_shows(world, tmp_path, capsys):
-    assert (
-        run(
-            world,
-            "train",
-            "--labels-per-class",
-            "1",
-            "--val-images",
-            "1",
-            "--steps",
-            "1",
-            "--epochs",
-            "0",
-            "--output-dir",
-            tmp_path,
-        )
-        == 0
-    )
-    assert len(table(tmp_path / "accuracy.csv")) == 2 and "nan" not in capsys.readouterr().out
-
-
-def test_attention_and_neighbours_draw_sheets(world, tmp_path):
+def test_attention_draws_the_picture_and_every_head(world, tmp_path):
+    """The sheet has the picture and the three heads, at another image size too."""
     picture = next((world / "data" / "val").rglob("*.png"))
-    assert (
-        run(
-            world,
-            "attention",
-            world / "classifier",
-            picture,
-            "--output-dir",
-            tmp_path / "a",
-            "--image-size",
-            "32",
-            data=False,
-        )
-        == 0
-    )
-    with Image.open(tmp_path / "a" / f"0000-{picture.stem}.png") as sheet:
-        assert sheet.size == (4 * 228, 228 + 16)  # the picture and three heads
-    assert (
-        run(
-            world,
-            "neighbours",
-            world / "encoder",
-            world / "data",
-            "--output",
-            tmp_path / "n.png",
-            data=False,
-        )
-        == 0
-    )
-    with Image.open(tmp_path / "n.png") as sheet:
-        assert sheet.size == (8 * 100, 8 * 100 + 16)  # eight queries, each with its seven nearest
+    status = run("attention", world / "classifier", picture, output_dir=tmp_path, image_size=32)
+    assert status == 0
+    with Image.open(tmp_path / f"0000-{picture.stem}.png") as sheet:
+        assert sheet.size == (4 * 228, 228 + 16)
 
 
-def test_a_label_list_is_the_labelled_set(world, tmp_path):
-    train = world / "data" / "train"
-    listed = [next((train / name).glob("*2é.png")) for name in CLASSES]
-    (tmp_path / "a.txt").write_text(
-        "\n".join(path.name for path in listed) + "\n", encoding="utf-8"
-    )
-    longer = [f"{path.parent.name}/{path.name}" for path in reversed(listed)]
-    (tmp_path / "b.txt").write_text("\n".join(longer), encoding="utf-8")
-    experiment, _, _ = open_experiment(
-        FinetuneConfig(
-            checkpoint=str(world / "encoder"),
-            data=str(world / "data"),
-            label_list=f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}",
-        )
-    )
-    assert list(experiment.columns) == ["listed"]
-    first, second = experiment.columns["listed"]
-    assert first == second and {experiment.data.train.paths[i] for i in first} == set(listed)
+def test_attention_maps_are_what_the_class_token_gives_to_the_patches(world):
+    """Each map is the last layer's attention of token 0 to the patches, in their places."""
+    config = FinetuneConfig(checkpoint=str(world / "encoder"), image_size=32)
+    model = finetune.load_model(config)  # 4 x 4 patches
+    path = next((world / "data" / "val").rglob("*.png"))
+    pictures = finetune.ImageFiles([path], 64, 0, check=False)
+    picture, maps = finetune.attention_maps(model, pictures, 0)
+    assert picture.shape == (32, 32, 3) and maps.shape == (3, 32, 32)
+
+    pixels = preprocess(Image.open(path), model.config)
+    with torch.no_grad():
+        attentions = model(pixels, output_attentions=True).attentions[-1]
+    expected = attentions[0, :, 0, 1:].reshape(3, 4, 4)
+    expected = F.interpolate(expected[None], (32, 32), mode="bilinear")[0]
+    assert_relatively_close(maps, expected, 0.02)
 
 
-def test_an_unreadable_training_image_is_replaced_in_the_draws_and_counted(world, capsys, tmp_path):
-    config = FinetuneConfig(
-        checkpoint=str(world / "encoder"), data=str(tmp_path), labels_per_class="2", fraction=""
-    )
-    (tmp_path / "train").symlink_to(world / "data" / "train")
-    for name in CLASSES:
-        (tmp_path / "val" / name).mkdir(parents=True)
-        picture = next((world / "data" / "val" / name).glob("*1é.png"))
-        (tmp_path / "val" / name / "1.png").write_bytes(picture.read_bytes())
-    before, _, _ = open_experiment(config)
-    broken = before.columns["2/class"][0][0]
-    monkey = finetune.ImageFiles.read
-    try:
-        finetune.ImageFiles.read = lambda images, i: (
-            None if len(images) == 24 and i == broken else monkey(images, i)
-        )
-        after, _, _ = open_experiment(config)
-    finally:
-        finetune.ImageFiles.read = monkey
-    assert after.columns["2/class"][0] != before.columns["2/class"][0]
-    labels = after.data.train_labels[after.columns["2/class"][0]]
-    assert (
-        torch.equal(labels, torch.tensor([0, 0, 1, 1, 2, 2]))
-        and broken not in after.columns["100 %"][0]
-    )
-    assert "(1 so far)" in capsys.readouterr().err
+def test_a_picture_is_as_bright_as_its_attention():
+    """The place with most attention keeps its colours, one with none has 15 % of them."""
+    picture = np.full((2, 2, 3), 200, np.uint8)
+    shaded = finetune.shade(picture, torch.tensor([[0.0, 0.1], [0.2, 0.4]]))
+    assert shaded.dtype == np.uint8
+    assert shaded[..., 0].tolist() == [[30, 72], [115, 200]]
 
 
-BAD = [
-    (("--labels-per-class", "9"), "has 8 images to draw from, fewer than the 9"),
-    (("--labels-per-class", "two"), "must be numbers"),
-    (("--labels-per-class", "0"), "out of range"),
-    (("--methods", "probe,magic"), "magic is not known"),
-    (("--fraction", "1.5"), "out of range"),
-    (("--seeds", "much"), "must be numbers"),
-    (("--l2", "0"), "out of range"),
-    (("--seeds", ""), "at least one of each"),
-    (("--methods", ""), "at least one of each"),
-    (("--image-size", "20"), "no whole number of this checkpoint's patches of 8"),
-    (("--checkpoint", "nowhere"), "neither a file nor a folder"),
-    (("--data", "nowhere"), "no folder"),
-    (("--label-list", "nowhere.txt"), "can't be read"),
-    (("train", "--labels-per-class", "1,2"), "one labelled set"),
+def test_neighbours_draws_eight_queries_each_with_its_seven_nearest(world, tmp_path):
+    """The sheet of 36 pictures has eight lines of one query and seven neighbours."""
+    target = tmp_path / "n.png"
+    assert run("neighbours", world / "encoder", world / "data", output=target) == 0
+    with Image.open(target) as sheet:
+        assert sheet.size == (8 * 100, 8 * 100 + 16)
+
+
+def test_no_query_is_among_its_own_neighbours(world, tmp_path, monkeypatch):
+    """The pictures are shared out between queries and those searched for neighbours."""
+    searched = []
+    monkeypatch.setattr(
+        finetune, "save_neighbours", lambda path, model, data, *rest: searched.append(data)
+    )
+    assert run("neighbours", world / "encoder", world / "data", output=tmp_path / "n.png") == 0
+    queries = searched[0].val.paths
+    others = searched[0].train.paths
+    assert len(queries) == 8 and len(others) == 28
+    assert not set(queries) & set(others)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+BAD = [  # words, flags, what the line says
+    ((), {"labels_per_class": "9"}, "has 8 images to draw from, fewer than the 9"),
+    ((), {"labels_per_class": "two"}, "must be numbers"),
+    ((), {"labels_per_class": "0"}, "out of range"),
+    ((), {"methods": "probe,magic"}, "magic is not known"),
+    ((), {"fraction": "1.5"}, "out of range"),
+    ((), {"seeds": "much"}, "must be numbers"),
+    ((), {"l2": "0"}, "out of range"),
+    ((), {"seeds": ""}, "at least one of each"),
+    ((), {"methods": ""}, "at least one of each"),
+    ((), {"image_size": "20"}, "no whole number of this checkpoint's patches of 8"),
+    ((), {"checkpoint": "nowhere"}, "neither a file nor a folder"),
+    ((), {"data": "nowhere"}, "no folder"),
+    ((), {"label_list": "nowhere.txt"}, "can't be read"),
+    (("train",), {"labels_per_class": "1,2"}, "one labelled set"),
 ]
 
 
 @pytest.mark.parametrize(
-    "arguments, message", BAD, ids=[" ".join(arguments) for arguments, _ in BAD]
+    "words, flags, message", BAD, ids=[f"{' '.join(row[0])} {row[1]}" for row in BAD]
 )
 def test_bad_usage_is_one_clear_line_and_status_2(
-    world, capsys, monkeypatch, tmp_path, arguments, message
+    world, capsys, monkeypatch, tmp_path, words, flags, message
 ):
+    """Bad usage gives exit status 2 and one line that says what was wrong, and writes nothing."""
     monkeypatch.chdir(tmp_path)
-    command, flags = (arguments[:1], arguments[1:]) if arguments[0] == "train" else ((), arguments)
-    own = [
-        f"--{name}={world / place}" for name, place in (("checkpoint", "encoder"), ("data", "data"))
-    ]
-    assert run_program(finetune.main, [*command, *own, *flags]) == 2
+    own = {"checkpoint": world / "encoder", "data": world / "data"}
+    assert run(*words, **{**own, **flags}) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_other_bad_input_says_what_to_do(world, capsys, monkeypatch, tmp_path):
+@pytest.fixture
+def odd_places(world, monkeypatch, tmp_path):
+    """The current folder, in which nothing is as it should be."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(
-        sys.modules, "huggingface_hub", None
-    )  # as if it were not installed: nothing is fetched
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.png").write_bytes(b"")
     for part, names in (("train", "ab"), ("val", "abc")):
@@ -552,77 +824,51 @@ def test_other_bad_input_says_what_to_do(world, capsys, monkeypatch, tmp_path):
             (tmp_path / "odd" / part / name).mkdir(parents=True)
             Image.new("RGB", (16, 16)).save(tmp_path / "odd" / part / name / "1.png")
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text(
-        (world / "encoder" / "config.json").read_text()
-    )
+    config = (world / "encoder" / "config.json").read_text()
+    (tmp_path / "broken" / "config.json").write_text(config)
     (tmp_path / "broken" / "pytorch_model.bin").write_bytes(b"not torch")
-    for arguments, status, message in [
-        ((), 2, "there is no run in runs/"),
-        (("predict", world / "encoder", "x.png"), 2, "has no classifier"),
-        (("predict", world / "classifier", "empty"), 2, "holds no image"),
-        (
-            ("predict", world / "classifier", "bad.png"),
-            2,
-            "none of the 1 files is a readable image",
-        ),
-        (
-            ("predict", world / "classifier", "bad.png", "--lr", "1"),
-            2,
-            "predict has no use for --lr",
-        ),
-        (
-            ("predict", "a.png", "b.png", "--checkpoint", "c"),
-            2,
-            "predict has no use for --checkpoint",
-        ),
-        (("--csv", "a.csv"), 2, "the table has no use for --csv"),
-        (("train", "--top", "1"), 2, "train has no use"),
-        (
-            (
-                "--checkpoint",
-                world / "encoder",
-                "--data",
-                world / "data",
-                "--labels-per-class",
-                "",
-                "--fraction",
-                "",
-                "--no-full",
-            ),
-            2,
-            "no column is asked for",
-        ),
-        (("predict", "a/b", "c.png"), 1, "is no folder here"),
-        (("neighbours", world / "encoder", "odd/train/a/1.png"), 2, "two pictures or more"),
-        (("embed", "broken", "odd"), 1, "pytorch_model.bin can't be read"),
-        (("--checkpoint", world / "encoder"), 2, "pass --data"),
-        (("--checkpoint", world / "encoder", "--data", "odd"), 2, "classes that train lacks: c"),
-        (("--checkpoint", world / "encoder", "--data", "odd/train"), 2, "the data must be folders"),
-    ]:
-        assert run_program(finetune.main, [str(a) for a in arguments]) == status, arguments
-        err = capsys.readouterr().err
-        assert message in err.splitlines()[-1], (arguments, err)
 
 
-def test_a_label_list_of_damaged_images_only_is_refused(world, capsys, monkeypatch, tmp_path):
-    shutil.copytree(world / "data", tmp_path / "data")
-    damaged = sorted((tmp_path / "data" / "train" / CLASSES[0]).iterdir())[0]
-    damaged.write_bytes(b"")
-    (tmp_path / "list.txt").write_text(damaged.name, encoding="utf-8")
-    flags = (
-        "--checkpoint",
-        world / "encoder",
-        "--data",
-        tmp_path / "data",
-        "--label-list",
-        tmp_path / "list.txt",
-    )
-    assert run_program(finetune.main, [str(flag) for flag in flags]) == 2
-    assert "none of a label list" in capsys.readouterr().err.splitlines()[-1]
+ENCODER = "--checkpoint ENCODER"
+ODD = [  # arguments (capitals: the folders of `world`), exit status, what the last line says
+    ("", 2, "there is no run in runs/"),
+    ("predict ENCODER x.png", 2, "has no classifier"),
+    ("predict CLASSIFIER empty", 2, "holds no image"),
+    ("predict CLASSIFIER bad.png", 2, "none of the 1 files is a readable image"),
+    ("predict CLASSIFIER bad.png --lr 1", 2, "predict has no use for --lr"),
+    ("predict a.png b.png --checkpoint c", 2, "predict has no use for --checkpoint"),
+    ("--csv a.csv", 2, "the table has no use for --csv"),
+    ("train --top 1", 2, "train has no use"),
+    (
+        f"{ENCODER} --data DATA --labels-per-class= --fraction= --no-full",
+        2,
+        "no column is asked for",
+    ),
+    ("predict a/b c.png", 1, "is no folder here"),
+    ("neighbours ENCODER odd/train/a/1.png", 2, "two pictures or more"),
+    ("embed broken odd", 1, "pytorch_model.bin can't be read"),
+    (ENCODER, 2, "pass --data"),
+    (f"{ENCODER} --data odd", 2, "classes that train lacks: c"),
+    (f"{ENCODER} --data odd/train", 2, "the data must be folders"),
+]
+
+
+@pytest.mark.parametrize("arguments, status, message", ODD, ids=[row[0] for row in ODD])
+def test_other_bad_input_says_what_to_do(
+    arguments, status, message, world, odd_places, capsys, monkeypatch
+):
+    """Missing, empty and damaged files, and flags that a command does not take, are told apart."""
+    # As if huggingface_hub were not installed: nothing is fetched.
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    places = {name.upper(): str(world / name) for name in ("encoder", "classifier", "data")}
+    words = [places.get(word, word) for word in arguments.split()]
+    assert run(*words) == status
+    err = capsys.readouterr().err
+    assert message in err.splitlines()[-1], err
 
 
 @pytest.mark.parametrize(
-    ("flags", "all_labels"),
+    "flags, all_labels",
     [
         ((), True),
         (("--fraction", "1"), True),
@@ -632,6 +878,7 @@ def test_a_label_list_of_damaged_images_only_is_refused(world, capsys, monkeypat
     ],
 )
 def test_train_augments_strongly_only_with_all_labels(flags, all_labels, monkeypatch):
+    """With all labels `train` crops smaller and drops paths; with few it does neither."""
     configs = []
     monkeypatch.setattr(finetune, "train_and_save", configs.append)
     finetune.main(["train", *flags])
@@ -640,16 +887,15 @@ def test_train_augments_strongly_only_with_all_labels(flags, all_labels, monkeyp
 
 
 def test_transformers_loads_the_classifier_and_agrees(world):
+    """What `train` saves is a classifier for transformers, with the same names and logits."""
     transformers = pytest.importorskip("transformers")
+    folder = world / "classifier"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = transformers.ViTMSNForImageClassification.from_pretrained(
-            world / "classifier"
-        ).eval()
-    ours, pixels = (
-        ViTMSNForImageClassification.from_pretrained(world / "classifier"),
-        randn(2, 3, 16, 16),
-    )
+        theirs = transformers.ViTMSNForImageClassification.from_pretrained(folder).eval()
     assert list(theirs.config.id2label.values()) == sorted(CLASSES)
+
+    ours = ViTMSNForImageClassification.from_pretrained(folder)
+    pixels = randn(2, 3, 16, 16)
     with torch.no_grad():
         assert_relatively_close(ours(pixels).logits, theirs(pixels).logits, 1e-5)
