@@ -58,7 +58,7 @@ def opt(default, text: str, **limits):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run. Defaults: the published ViT-S/16 recipe (Appendix A.1)."""
+    """All settings of a run. Defaults: the published ViT-S/16 recipe, where it names a value."""
 
     recipe: str = opt(
         "demo", "named settings: they replace these defaults; other flags come on top"
@@ -70,7 +70,9 @@ class TrainConfig:
     output_dir: str = opt(
         "", "the run's folder; by default runs/<recipe>-001 or the next free number"
     )
-    resume: bool = opt(False, "go on from the run's checkpoint, on the same images, or start anew")
+    resume: bool = opt(
+        False, "go on from the run's checkpoint, on the same images, or start if there is none"
+    )
     init_from: str = opt(
         "", "start from a run of ours, a transformers folder or an original .pth.tar"
     )
@@ -87,16 +89,16 @@ class TrainConfig:
     num_attention_heads: int = opt(6, "h", range=(1, 1000))
     intermediate_size: int = opt(0, "width of the MLP; 0 is 4 x hidden size", range=(0, 10**6))
     drop_path_rate: float = opt(0.0, "stochastic depth of the last layer", range=(0, 0.99))
-    head_hidden_size: int = opt(2048, "width of the projection head inside", range=(1, 10**5))
+    head_hidden_size: int = opt(2048, "width of the head's hidden layers", range=(1, 10**5))
     output_dim: int = opt(256, "e, width of projections and prototypes", range=(1, 10**5))
     num_prototypes: int = opt(1024, "k", range=(2, 10**6))
     # Views and masks
     random_views: int = opt(1, "anchor views that are randomly masked, per image", range=(0, 100))
     focal_views: int = opt(10, "anchor views that are small crops, per image", range=(0, 100))
     focal_size: int = opt(96, "pixels, of focal views", range=(1, 4096))
-    mask_ratio: float = opt(0.15, "share of patches that random views lose", range=(0, 0.999))
-    crop_scale: tuple = opt((0.3, 1.0), "share of the area in whole views", range=(1e-6, 1))
-    focal_scale: tuple = opt((0.05, 0.3), "share of the area in focal views", range=(1e-6, 1))
+    mask_ratio: float = opt(0.15, "share of patches dropped from random views", range=(0, 0.999))
+    crop_scale: tuple = opt((0.3, 1.0), "share of the area, of large views", range=(1e-6, 1))
+    focal_scale: tuple = opt((0.05, 0.3), "share of the area, of focal views", range=(1e-6, 1))
     flip: float = opt(0.5, "probability of a horizontal flip", range=(0, 1))
     color_jitter: float = opt(0.5, "strength of the colour jitter, 1 is SimCLR's", range=(0, 1.25))
     jitter: float = opt(0.8, "probability of colour jitter", range=(0, 1))
@@ -104,15 +106,17 @@ class TrainConfig:
     blur: float = opt(0.5, "probability of Gaussian blur", range=(0, 1))
     blur_sigma: tuple = opt((0.1, 2.0), "deviation of the blur in pixels", range=(1e-3, 100))
     anchor_view: str = opt(
-        "own", "of random views (table 9)", choices=("own", "recolored", "target")
+        "own",
+        "augmentation of random anchor views (table 9)",
+        choices=("own", "recolored", "target"),
     )
     # Objective
     temperature: float = opt(0.1, "tau of the anchor assignments", range=(1e-3, 100))
-    sharpening: float = opt(0.25, "T at the start: targets have T tau", range=(1e-3, 1))
+    sharpening: float = opt(0.25, "T at the start; T tau is of the targets", range=(1e-3, 1))
     final_sharpening: float = opt(0.25, "T at the end of its linear schedule", range=(1e-3, 1))
     sinkhorn_iterations: int = opt(3, "0 leaves Sinkhorn out", range=(0, 1000))
     memax_weight: float = opt(1.0, "lambda of equation (1)", range=(0, 10**6))
-    prior_exponent: float = opt(0.0, "of PMSN's power-law prior; 0 is me-max", range=(0, 10))
+    prior_exponent: float = opt(0.0, "of PMSN's power-law prior; 0: uniform", range=(0, 10))
     freeze_prototypes: bool = opt(False, "leave the prototypes where they were drawn (an ablation)")
     # Optimisation
     lr: float = opt(1e-3, "highest learning rate", range=(0, 100))
@@ -275,21 +279,21 @@ def make_views(batch: Batch, config: TrainConfig, step: int, my_images: slice) -
     A function of images, seed and step: numbers are drawn for the global batch, of which `batch`
     holds the part `my_images`, so that the number of processes changes nothing.
     """
-    num_whole = 1 + config.random_views
+    num_large = 1 + config.random_views
     generator = generator_for(config.seed, VIEWS, step)
-    draws = draw_views(config.batch_size, num_whole + config.focal_views, generator)
+    draws = draw_views(config.batch_size, num_large + config.focal_views, generator)
     copy_target_draws(draws, config)
     draws = {name: numbers[:, my_images] for name, numbers in draws.items()}
 
     # The target view and the random views: large crops of one size.
-    whole_draws = {name: numbers[:num_whole] for name, numbers in draws.items()}
-    whole = views_of_one_size(batch, whole_draws, config, config.image_size, config.crop_scale)
-    target_view, *anchor_views = whole
+    large_draws = {name: numbers[:num_large] for name, numbers in draws.items()}
+    large = views_of_one_size(batch, large_draws, config, config.image_size, config.crop_scale)
+    target_view, *anchor_views = large
 
     # The focal views: small crops.
     # Departure: the paper masks them; as in the official release, no patch of theirs is dropped.
     if config.focal_views:
-        focal_draws = {name: numbers[num_whole:] for name, numbers in draws.items()}
+        focal_draws = {name: numbers[num_large:] for name, numbers in draws.items()}
         focal = views_of_one_size(batch, focal_draws, config, config.focal_size, config.focal_scale)
         anchor_views.extend(focal)
 
@@ -298,14 +302,15 @@ def make_views(batch: Batch, config: TrainConfig, step: int, my_images: slice) -
     num_patches = (config.image_size // config.patch_size) ** 2
     patches_to_keep: list[Tensor | None] = []
     for _ in range(config.random_views):
-        keep = sample_patches_to_keep(config.batch_size, num_patches, config.mask_ratio, generator)
-        patches_to_keep.append(keep[my_images].to(batch.images.device, non_blocking=True))
+        drawn = sample_patches_to_keep(config.batch_size, num_patches, config.mask_ratio, generator)
+        patches_to_keep.append(drawn[my_images].to(batch.images.device, non_blocking=True))
     patches_to_keep.extend([None] * config.focal_views)
     return Views(target_view, anchor_views, patches_to_keep)
 
 
 def copy_target_draws(draws: dict[str, Tensor], config: TrainConfig) -> None:
-    """Table 9's variants: random views as the target view, in other colours or just the same."""
+    """Table 9's variants, in place: random views that show what the target view shows, in other
+    colours or in the same."""
     copied = {"own": (), "recolored": ("crop", "flip", "grey", "blur"), "target": tuple(DRAWS)}
     for name in copied[config.anchor_view]:
         target_view = draws[name][:1]
@@ -409,7 +414,7 @@ def train_step(
     loss.loss.backward()
 
     # As published, the prototypes' gradient is not part of the norm and is not clipped.
-    unwrapped = getattr(model, "module", model)
+    unwrapped = getattr(model, "module", model)  # out of DistributedDataParallel
     encoder_parameters = unwrapped.anchor_encoder.parameters()
     grad_norm = nn.utils.clip_grad_norm_(encoder_parameters, clip_grad, foreach=True)
     check_finite(loss, grad_norm, unwrapped.prototypes.grad)
@@ -573,10 +578,10 @@ def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> T
 
     images: b c height width, uint8, on the device. boxes: (v b) 4, top, left, height, width, and
     flip: (v b), both on the CPU; box i is of image i modulo b. -> (v b) c size size, from 0 to 1.
-    Departure: Pillow's bilinear resize with antialiasing, but only to within a grey level.
+    Departure: Pillow's bilinear resize with antialiasing, but only to a grey level, rarely two.
     """
-    # On a CPU, one by one is 2 to 4 times as fast for large pictures, which then stay in its cache
-    # as whole numbers. On a GPU, and for small pictures, one call for all is.
+    # Why two ways: on a CPU, one by one is 2 to 4 times as fast for large pictures, which then stay
+    # in its cache, as whole numbers. On a GPU, and for small pictures, all at once is faster.
     if images.device.type == "cpu" and max(images.shape[-2:]) > LARGE:
         crops = crop_one_by_one(images, boxes, size)
     else:
@@ -605,31 +610,32 @@ def crop_one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 def crop_by_products(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Crops of crop_and_resize, all at once, as products of matrices.
 
-    The idea: each pixel of a resized crop is a weighted mean of pixels of the image, and its
-    weights are a product of one number for each row and one for each column. So a crop is
-    A @ image @ B^T, where A (size height) and B (size width) are those of resize_matrix.
+    The idea: each pixel of a resized crop is a weighted mean of the image's pixels, and each weight
+    is one number for the pixel's row times one for its column. So a crop is row_weights @ image @
+    column_weights^T; resize_matrix gives both matrices (size height, size width).
 
-    The trick: A and B are 0 outside of the box. Each image is first cut down to a window around its
-    box; all windows are as high as the highest box and as wide as the widest, so that they stack.
+    The trick: weights are 0 outside of the box, so most of that product is for nothing. Each image
+    is first cut to a window around its box. All windows are as high as the highest box and as wide
+    as the widest, so that they stack into one tensor.
     """
-    window = boxes[:, 2:].amax(dim=0)
-    window_height, window_width = window.tolist()
+    window_size = boxes[:, 2:].amax(dim=0)
+    window_height, window_width = window_size.tolist()
     image_size = torch.tensor(images.shape[-2:])
-    corner = torch.minimum(boxes[:, :2], image_size - window)  # (v b) 2: no window sticks out
+    corner = torch.minimum(boxes[:, :2], image_size - window_size)  # so that no window sticks out
     top, left = corner.to(images.device).unbind(dim=1)
-    which = torch.arange(len(boxes), device=images.device) % len(images)
+    image = torch.arange(len(boxes), device=images.device) % len(images)
     all_windows = images.unfold(2, window_height, 1).unfold(3, window_width, 1)  # copies nothing
-    windows = all_windows[which, :, top, left].float()  # (v b) c height width, of windows
+    windows = all_windows[image, :, top, left].float()  # (v b) c window_height window_width
 
-    start = boxes[:, :2] - corner  # of the box in its window
-    a = resize_matrix(start[:, 0], boxes[:, 2], window_height, size) / 255
-    b = resize_matrix(start[:, 1], boxes[:, 3], window_width, size)
+    start = boxes[:, :2] - corner  # of each box in its window
+    row_weights = resize_matrix(start[:, 0], boxes[:, 2], window_height, size) / 255
+    column_weights = resize_matrix(start[:, 1], boxes[:, 3], window_width, size)
 
-    # Channels share the weights, so they go through each product side by side.
-    stacked = rearrange(windows, "b c h w -> b (c h) w")
-    narrow = torch.bmm(stacked, b.to(images.device).transpose(1, 2))
-    side_by_side = rearrange(narrow, "b (c h) w -> b h (c w)", h=window_height)
-    crops = torch.bmm(a.to(images.device), side_by_side)
+    # All channels have the same weights, so they go through each product below or beside another.
+    channels_below = rearrange(windows, "b c h w -> b (c h) w")
+    narrow = torch.bmm(channels_below, column_weights.to(images.device).transpose(1, 2))
+    channels_beside = rearrange(narrow, "b (c h) w -> b h (c w)", h=window_height)
+    crops = torch.bmm(row_weights.to(images.device), channels_beside)
     return rearrange(crops, "b h (c w) -> b c h w", w=size)
 
 
@@ -1478,10 +1484,8 @@ def metrics_of(loss: MSNLoss, grad_norm: Tensor, processes: "Processes") -> dict
         "top_assignment": loss.top_assignment,
         "grad_norm": grad_norm,
     }
-    total = processes.reduce(torch.stack(list(values.values())).detach(), "sum")
-    means = (total / processes.count).tolist()
-    metrics = dict(zip(values, means, strict=True))
-    return {**metrics, "prototypes_used": loss.prototypes_used.item()}  # counted over all already
+    means = mean_over_processes(values, processes)
+    return {**means, "prototypes_used": loss.prototypes_used.item()}  # counted over all already
 
 
 class Record:
@@ -1771,6 +1775,13 @@ class Processes:
         """Whether the flag is set in any process. All processes must ask."""
         number = torch.tensor(float(flag), device=self.device)
         return bool(self.reduce(number, "max"))
+
+
+def mean_over_processes(values: dict[str, Tensor], processes: Processes) -> dict[str, float]:
+    """The mean of each scalar over all processes, by one reduction."""
+    mine = torch.stack(list(values.values())).detach()
+    means = processes.reduce(mine, "sum") / processes.count
+    return dict(zip(values, means.tolist(), strict=True))
 
 
 def start_processes(config: TrainConfig) -> Processes:
