@@ -1,12 +1,18 @@
-"""Pretrain a ViT with Masked Siamese Networks (Assran et al., 2022, arXiv 2204.07141), on a laptop or a cluster.
+"""Pretrain a ViT with Masked Siamese Networks (Assran et al., 2022, arXiv 2204.07141).
 
-    python train_msn.py                                                  # built-in images, minutes on two CPU cores
-    python train_msn.py --recipe imagenette --data path/to/imagenette    # a folder of pictures
-    torchrun --nproc-per-node=8 train_msn.py --recipe small-16 --data path/to/imagenet --batch-size 1024
+    python train_msn.py                                  # built-in images, minutes on two CPU cores
+    python train_msn.py --recipe imagenette --data path/to/imagenette         # a folder of pictures
+    torchrun --nproc-per-node=8 train_msn.py --recipe small-16 --data path/to/imagenet
 
-Each run has its folder (runs/<recipe>-001, ...): config.json, metrics.csv, knn.csv, pictures, checkpoint.pt, and at
-the end encoder/, which transformers loads. `--resume` goes on where it stopped, on a CPU bit for bit.
+Each run has its folder (runs/<recipe>-001, ...): config.json, metrics.csv, knn.csv, pictures,
+checkpoint.pt, and at the end encoder/, which transformers loads. `--resume` goes on where it
+stopped, on a CPU bit for bit.
+
+The method comes first in this file: settings, views, schedules, one step, the loop. What the loop
+calls stands below it: augmentations, model and optimizer, data sets, k-NN, the run's folder, many
+processes, pictures, command line. Shapes are written in the letters of vitmsn.py.
 """
+
 import argparse
 import csv
 import hashlib
@@ -21,12 +27,11 @@ import tarfile
 import time
 import urllib.request
 import warnings
-from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -37,67 +42,81 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vitmsn import (
-    IMAGENET_MEAN, IMAGENET_STD, PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNModel, from_original,
-    log_assign, normalize, num_patches_to_keep, one_process, read_tensors, sample_patches_to_keep, to_original, to_rgb,
-    write_file)
+from vitmsn import IMAGENET_MEAN, IMAGENET_STD, normalize, to_rgb
+from vitmsn import PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNModel
+from vitmsn import from_original, read_tensors, to_original, write_file
+from vitmsn import log_assign, num_patches_to_keep, one_process, sample_patches_to_keep
 
-# ---- Settings: one frozen dataclass, from which the command line is derived ------------------------------------------
-ORDER, VIEWS, MASKS, DROPOUT, IMAGES = range(5)  # streams of random numbers, for generator_for
+# ---- Settings: one frozen dataclass, from which the command line is derived ----------------------
+PRECISIONS = ("auto", "float32", "bfloat16", "float64")
 
-class UsageError(ValueError):
-    """What the user asked for can't be done: one line on the terminal, exit status 2."""
 
 def opt(default, text: str, **limits):
-    """A field with its help text and, where not every value makes sense, choices or (low, high)."""
+    """A field with its help text and, where not every value makes sense, choices or a range."""
     return field(default=default, metadata={"help": text, **limits})
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run. Defaults are the published ViT-S/16 recipe (Appendix A.1) where it names a value."""
-    recipe: str = opt("demo", "named settings: they replace the defaults below, other flags replace them")
-    data: str = opt("synthetic", "synthetic, cifar10, or a folder of images (train/CLASS/*, val/CLASS/*, or any tree)")
+    """All settings of a run. Defaults: the published ViT-S/16 recipe, where it names a value."""
+
+    recipe: str = opt(
+        "demo", "named settings: they replace these defaults; other flags come on top"
+    )
+    data: str = opt(
+        "synthetic", "synthetic, cifar10, or a folder (train/CLASS/*, val/CLASS/*, or any)"
+    )
     data_dir: str = opt("data", "where cifar-10-batches-py lies or is downloaded to")
-    output_dir: str = opt("", "the run's folder; by default runs/<recipe>-001 or the next free number")
-    resume: bool = opt(False, "go on from the run's checkpoint, on the same images, or start if there is none")
-    init_from: str = opt("", "start from a run of ours, a transformers folder or an original .pth.tar")
+    output_dir: str = opt(
+        "", "the run's folder; by default runs/<recipe>-001 or the next free number"
+    )
+    resume: bool = opt(
+        False, "go on from the run's checkpoint, on the same images, or start if there is none"
+    )
+    init_from: str = opt(
+        "", "start from a run of ours, a transformers folder or an original .pth.tar"
+    )
     seed: int = opt(0, "of everything random", range=(0, 2**31 - 1))
     # How long
     epochs: int = opt(800, "length of the run and of the schedules", range=(1, 10**6))
     max_steps: int = opt(0, "stop early, after so many steps (0: never)", range=(0, 10**12))
     batch_size: int = opt(1024, "images per step over all processes", range=(2, 10**6))
     # Model
-    image_size: int = opt(224, "pixels, of target view and random anchor views", range=(1, 4096))
+    image_size: int = opt(224, "pixels, of target and random views", range=(1, 4096))
     patch_size: int = opt(16, "pixels", range=(1, 4096))
     hidden_size: int = opt(384, "width d of the encoder", range=(1, 10**5))
     num_hidden_layers: int = opt(12, "transformer layers", range=(1, 1000))
     num_attention_heads: int = opt(6, "h", range=(1, 1000))
     intermediate_size: int = opt(0, "width of the MLP; 0 is 4 x hidden size", range=(0, 10**6))
     drop_path_rate: float = opt(0.0, "stochastic depth of the last layer", range=(0, 0.99))
-    head_hidden_size: int = opt(2048, "width of the projection head's hidden layers", range=(1, 10**5))
+    head_hidden_size: int = opt(2048, "width of the head's hidden layers", range=(1, 10**5))
     output_dim: int = opt(256, "e, width of projections and prototypes", range=(1, 10**5))
     num_prototypes: int = opt(1024, "k", range=(2, 10**6))
     # Views and masks
     random_views: int = opt(1, "anchor views that are randomly masked, per image", range=(0, 100))
     focal_views: int = opt(10, "anchor views that are small crops, per image", range=(0, 100))
     focal_size: int = opt(96, "pixels, of focal views", range=(1, 4096))
-    mask_ratio: float = opt(0.15, "share of patches dropped from each random anchor view", range=(0, 0.999))
-    crop_scale: tuple = opt((0.3, 1.0), "share of the image's area in target and random views", range=(1e-6, 1))
-    focal_scale: tuple = opt((0.05, 0.3), "share of the image's area in focal views", range=(1e-6, 1))
+    mask_ratio: float = opt(0.15, "share of patches dropped from random views", range=(0, 0.999))
+    crop_scale: tuple = opt((0.3, 1.0), "share of the area, of large views", range=(1e-6, 1))
+    focal_scale: tuple = opt((0.05, 0.3), "share of the area, of focal views", range=(1e-6, 1))
     flip: float = opt(0.5, "probability of a horizontal flip", range=(0, 1))
     color_jitter: float = opt(0.5, "strength of the colour jitter, 1 is SimCLR's", range=(0, 1.25))
     jitter: float = opt(0.8, "probability of colour jitter", range=(0, 1))
     grey: float = opt(0.2, "probability of greyscale", range=(0, 1))
     blur: float = opt(0.5, "probability of Gaussian blur", range=(0, 1))
     blur_sigma: tuple = opt((0.1, 2.0), "deviation of the blur in pixels", range=(1e-3, 100))
-    anchor_view: str = opt("own", "augmentation of random anchors (table 9)", choices=("own", "recolored", "target"))
+    anchor_view: str = opt(
+        "own",
+        "augmentation of random anchor views (table 9)",
+        choices=("own", "recolored", "target"),
+    )
     # Objective
     temperature: float = opt(0.1, "tau of the anchor assignments", range=(1e-3, 100))
-    sharpening: float = opt(0.25, "T at the start of its schedule: the targets' temperature is T tau", range=(1e-3, 1))
+    sharpening: float = opt(0.25, "T at the start; T tau is of the targets", range=(1e-3, 1))
     final_sharpening: float = opt(0.25, "T at the end of its linear schedule", range=(1e-3, 1))
     sinkhorn_iterations: int = opt(3, "0 leaves Sinkhorn out", range=(0, 1000))
     memax_weight: float = opt(1.0, "lambda of equation (1)", range=(0, 10**6))
-    prior_exponent: float = opt(0.0, "of PMSN's power-law prior; 0 is uniform, which is me-max", range=(0, 10))
+    prior_exponent: float = opt(0.0, "of PMSN's power-law prior; 0: uniform", range=(0, 10))
     freeze_prototypes: bool = opt(False, "leave the prototypes where they were drawn (an ablation)")
     # Optimisation
     lr: float = opt(1e-3, "highest learning rate", range=(0, 100))
@@ -106,125 +125,733 @@ class TrainConfig:
     warmup_epochs: float = opt(15.0, "length of the linear warm-up", range=(0, 10**6))
     weight_decay: float = opt(0.04, "of AdamW, at the start of its cosine", range=(0, 100))
     final_weight_decay: float = opt(0.4, "at the end", range=(0, 100))
-    clip_grad: float = opt(3.0, "joint norm to which the encoder's gradients are clipped", range=(1e-6, 10**9))
-    momentum: float = opt(0.996, "of the target encoder, at the start of its linear schedule", range=(0, 1))
-    final_momentum: float = opt(1.0, "at the end", range=(0, 1))
-    schedule_stretch: float = opt(1.25, "length of the schedules in runs; above 1 no step has rate 0", range=(1, 10))
+    clip_grad: float = opt(3.0, "limit of the encoder's gradient norm", range=(1e-6, 10**9))
+    momentum: float = opt(0.996, "of the target encoder, at the start", range=(0, 1))
+    final_momentum: float = opt(1.0, "at the end of its linear schedule", range=(0, 1))
+    schedule_stretch: float = opt(1.25, "length of all schedules, in runs", range=(1, 10))
     # Machine
     device: str = opt("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    precision: str = opt("auto", "auto: bfloat16 where fast", choices=("auto", "float32", "bfloat16", "float64"))
+    precision: str = opt("auto", "auto: bfloat16 where fast", choices=PRECISIONS)
     gradient_checkpointing: bool = opt(False, "keep less, compute more")
     compile: bool = opt(False, "torch.compile both encoders: minutes of waiting, then faster steps")
     num_workers: int = opt(0, "processes that decode images", range=(0, 1000))
-    cache_mb: int = opt(1024, "decoded images to keep in memory, MiB, train and val each", range=(0, 10**7))
+    cache_mb: int = opt(1024, "MiB of decoded images kept, train and val each", range=(0, 10**7))
     checkpoint_every: int = opt(500, "steps between checkpoints", range=(1, 10**9))
     knn_every: int = opt(10, "epochs between k-NN evaluations; 0 for never", range=(0, 10**6))
 
     def __post_init__(self):
-        for f in fields(self):
-            check_range(f, getattr(self, f.name))
-        if self.random_views + self.focal_views == 0:
-            raise UsageError("random_views and focal_views are both 0; give at least one anchor view.")
-        for size in {self.image_size, self.focal_size if self.focal_views else self.image_size}:
-            if size % self.patch_size:
-                raise UsageError(f"a view of {size} pixels is no whole patches; use a multiple of {self.patch_size}.")
-        try:
-            self.model_config()
-            num_patches_to_keep((self.image_size // self.patch_size) ** 2, self.mask_ratio)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+        check_settings(self)  # raises UsageError
 
     def model_config(self) -> ViTMSNConfig:
         """The architecture. Dropout is 0 in pretraining, whatever a hub config says."""
-        return ViTMSNConfig(self.hidden_size, self.num_hidden_layers, self.num_attention_heads,
-                            self.intermediate_size or 4 * self.hidden_size, image_size=self.image_size,
-                            patch_size=self.patch_size, drop_path_rate=self.drop_path_rate)
+        return ViTMSNConfig(
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=self.intermediate_size or 4 * self.hidden_size,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            drop_path_rate=self.drop_path_rate,
+        )
 
-def check_range(f, value) -> None:
-    """Raise UsageError if the value of field f is of another kind or outside its limits."""
-    pair, seen = f.type is tuple, f"{f.name}={value!r}"
-    values, kinds = (value if pair else (value,)), ((int, float) if f.type in (float, tuple) else (f.type,))
-    if not isinstance(values, (tuple, list)) or len(values) != 1 + pair or any(type(v) not in kinds for v in values):
-        raise UsageError(f"{seen} must be {'two numbers' if pair else 'of type ' + f.type.__name__}.")
-    if value not in f.metadata.get("choices", (value,)):
-        raise UsageError(f"{seen} is not known; use one of {', '.join(f.metadata['choices'])}.")
-    if "range" in f.metadata:
-        low, high = f.metadata["range"]
-        if not all(low <= v <= high for v in values) or values[0] > values[-1]:
-            raise UsageError(f"{seen} is out of range; use {low} to {high}{', the lower one first' if pair else ''}.")
 
-SMALL = {  # what serves small images and short runs; the README's tables of experiments say how it was found
-    "image_size": 32, "patch_size": 4, "num_attention_heads": 3, "head_hidden_size": 512, "output_dim": 128,
-    "num_prototypes": 128, "focal_views": 2, "focal_size": 16, "blur": 0.0, "batch_size": 64, "warmup_epochs": 1.0,
-    "final_weight_decay": 0.1, "momentum": 0.9, "schedule_stretch": 1.0}
-SMALL_PHOTOS = {**SMALL, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "mask_ratio": 0.5,
-                "focal_scale": (0.1, 0.4)}
+# For small images and short runs; the README's tables of experiments say how it was found.
+SMALL = {
+    "image_size": 32,
+    "patch_size": 4,
+    "num_attention_heads": 3,
+    "head_hidden_size": 512,
+    "output_dim": 128,
+    "num_prototypes": 128,
+    "focal_views": 2,
+    "focal_size": 16,
+    "blur": 0.0,
+    "batch_size": 64,
+    "warmup_epochs": 1.0,
+    # Departure: published are 0.4, 0.996 and 1.25, which suit runs of many thousand steps.
+    "final_weight_decay": 0.1,
+    "momentum": 0.9,
+    "schedule_stretch": 1.0,
+}
+PHOTOS = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "mask_ratio": 0.5}
+SMALL_PHOTOS = {**SMALL, **PHOTOS, "focal_scale": (0.1, 0.4)}
 RECIPES = {
-    "demo": {**SMALL, "data": "synthetic", "epochs": 10, "hidden_size": 96, "num_hidden_layers": 3, "lr": 3e-3,
-             "head_hidden_size": 256, "num_prototypes": 64, "mask_ratio": 0.3, "crop_scale": (0.5, 1.0),
-             "focal_scale": (0.15, 0.4), "knn_every": 2},
+    "demo": {
+        **SMALL,
+        "data": "synthetic",
+        "epochs": 10,
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "head_hidden_size": 256,
+        "num_prototypes": 64,
+        "lr": 3e-3,
+        "mask_ratio": 0.3,
+        "crop_scale": (0.5, 1.0),
+        "focal_scale": (0.15, 0.4),
+        "knn_every": 2,
+    },
     "cifar10": {**SMALL_PHOTOS, "data": "cifar10", "epochs": 40, "knn_every": 4},
-    "imagenette": {**SMALL_PHOTOS, "data": "imagenette", "epochs": 60, "image_size": 64, "patch_size": 8,
-                   "focal_size": 32, "knn_every": 5}}
-for name, ratio, epochs in (("small-16", 0.15, 800), ("base-16", 0.3, 600), ("large-16", 0.5, 600),
-                            ("base-8", 0.3, 600), ("base-4", 0.7, 300), ("large-7", 0.7, 200)):
-    RECIPES[name] = {**PRESETS[name], "mask_ratio": ratio, "epochs": epochs}  # as published (paper, Appendix A.1)
-RECIPES["large-7"]["focal_size"] = 98  # views are whole patches: of 7 pixels, this is the nearest to 96
-# Flags that a resumed run may change, because the result is the same.
-FREE_TO_CHANGE = {"resume", "output_dir", "num_workers", "max_steps", "checkpoint_every", "knn_every", "cache_mb"}
+    "imagenette": {
+        **SMALL_PHOTOS,
+        "data": "imagenette",
+        "image_size": 64,
+        "patch_size": 8,
+        "focal_size": 32,
+        "epochs": 60,
+        "knn_every": 5,
+    },
+    # As published (Appendix A.1).
+    "small-16": {**PRESETS["small-16"], "mask_ratio": 0.15, "epochs": 800},
+    "base-16": {**PRESETS["base-16"], "mask_ratio": 0.3, "epochs": 600},
+    "large-16": {**PRESETS["large-16"], "mask_ratio": 0.5, "epochs": 600},
+    "base-8": {**PRESETS["base-8"], "mask_ratio": 0.3, "epochs": 600},
+    "base-4": {**PRESETS["base-4"], "mask_ratio": 0.7, "epochs": 300},
+    # Departure: focal views of 98 pixels, not 96, since a view is whole patches, here of 7 pixels.
+    "large-7": {**PRESETS["large-7"], "mask_ratio": 0.7, "epochs": 200, "focal_size": 98},
+}
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """One --flag for each field of a dataclass; those that are not given stay out of the result."""
-    parser.usage = "%(prog)s [--flag value ...], see %(prog)s --help"
-    for f in fields(config_class):
-        kind = {"type": f.type, "choices": f.metadata.get("choices")}
-        if f.type in (bool, tuple):
-            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": float, "nargs": 2}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
+# ---- Random numbers: each draw is a function of the seed and of what it is for -------------------
+ORDER, VIEWS, MASKS, DROPOUT, IMAGES = range(5)  # streams, for generator_for
 
-def make_config(given: dict) -> TrainConfig:
-    """The recipe's settings, changed by the flags that were given."""
-    recipe = given.get("recipe", "demo")
-    if recipe not in RECIPES:
-        raise UsageError(f"recipe={recipe!r} is not known; use one of {', '.join(RECIPES)}.")
-    return TrainConfig(**{**RECIPES[recipe], "recipe": recipe, **given})
-
-def run_program(main, argv: list[str] | None = None) -> int:
-    """Run a command line: errors are one line for people, unless --debug asks for the traceback. -> exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        main([a for a in argv if a != "--debug"])
-        return 0
-    except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if "--debug" in argv:
-            raise
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
 
 def generator_for(seed: int, *stream: int) -> torch.Generator:
-    """A generator that is a pure function of the seed and of what it is for: a stream, then epoch or step, rank."""
-    state = np.random.SeedSequence([seed, *stream]).generate_state(2)
-    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
+    """A generator for one purpose: a stream, then epoch or step, and process if each has its own.
 
-# ---- Data: built-in images, CIFAR-10, or a folder --------------------------------------------------------------------
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+    Departure: officially, generators have a state, which a resumed run starts anew. A function of
+    the seed and the step has none to save, and gives a resumed run the same numbers.
+    """
+    high, low = np.random.SeedSequence([seed, *stream]).generate_state(2)
+    return torch.Generator().manual_seed(int(high) << 31 ^ int(low))
 
+
+# ---- What a data set gives (the data sets themselves: below the loop) ----------------------------
 class Batch(NamedTuple):
-    """Images as the data sets below give them."""
+    """Images as a data set gives them."""
+
     images: Tensor  # b c height width, uint8, smaller ones in the top left corner
     sizes: Tensor  # b 2, height and width of each
     indices: list[int]  # which images of the data set these are
     unreadable: list[str]  # files for which the next readable one stands in
 
+
+class Images(NamedTuple):
+    """Images to train on and to validate with. Without labels or val the last three are None."""
+
+    classes: list[str]
+    train: Dataset
+    train_labels: Tensor | None  # class numbers
+    val: Dataset | None
+    val_labels: Tensor | None
+
+
+# ---- Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur ------------------
+class Views(NamedTuple):
+    """What the two encoders see of a batch."""
+
+    target_view: Tensor  # b c height width
+    anchor_views: list[Tensor]  # v tensors b c height width: random views, then focal views
+    patches_to_keep: list[Tensor | None]  # of each anchor view: b r, or None for all
+
+
+TRIES = 10  # of a crop that fits
+# How many uniform numbers each decision takes, for each view of each image.
+DRAWS = {
+    "crop": TRIES + TRIES + 2,  # areas, aspect ratios, place
+    "flip": 1,  # whether
+    "jitter": 1,  # whether
+    "factors": 4,  # how much: brightness, contrast, saturation, hue
+    "order": 4,  # in which order
+    "grey": 1,  # whether
+    "blur": 2,  # whether, how much
+}
+
+
+def draw_views(batch: int, views: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """All uniform numbers that the views of a batch need, on the CPU: name -> v b count."""
+    return {
+        name: torch.rand(views, batch, count, generator=generator) for name, count in DRAWS.items()
+    }
+
+
+def make_views(batch: Batch, config: TrainConfig, step: int, my_images: slice) -> Views:
+    """Target view, random and focal anchor views of each image, and each one's patches to keep.
+
+    A function of images, seed and step: numbers are drawn for the global batch, of which `batch`
+    holds the part `my_images`, so that the number of processes changes nothing.
+    """
+    num_large = 1 + config.random_views
+    generator = generator_for(config.seed, VIEWS, step)
+    draws = draw_views(config.batch_size, num_large + config.focal_views, generator)
+    copy_target_draws(draws, config)
+    draws = {name: numbers[:, my_images] for name, numbers in draws.items()}
+
+    # The target view and the random views: large crops of one size.
+    large_draws = {name: numbers[:num_large] for name, numbers in draws.items()}
+    large = views_of_one_size(batch, large_draws, config, config.image_size, config.crop_scale)
+    target_view, *anchor_views = large
+
+    # The focal views: small crops.
+    # Departure: the paper masks them; as in the official release, no patch of theirs is dropped.
+    if config.focal_views:
+        focal_draws = {name: numbers[num_large:] for name, numbers in draws.items()}
+        focal = views_of_one_size(batch, focal_draws, config, config.focal_size, config.focal_scale)
+        anchor_views.extend(focal)
+
+    # The masks: which patches of the random views the anchor encoder sees.
+    generator = generator_for(config.seed, MASKS, step)
+    num_patches = (config.image_size // config.patch_size) ** 2
+    patches_to_keep: list[Tensor | None] = []
+    for _ in range(config.random_views):
+        drawn = sample_patches_to_keep(config.batch_size, num_patches, config.mask_ratio, generator)
+        patches_to_keep.append(drawn[my_images].to(batch.images.device, non_blocking=True))
+    patches_to_keep.extend([None] * config.focal_views)
+    return Views(target_view, anchor_views, patches_to_keep)
+
+
+def copy_target_draws(draws: dict[str, Tensor], config: TrainConfig) -> None:
+    """Table 9's variants, in place: random views that show what the target view shows, in other
+    colours or in the same."""
+    copied = {"own": (), "recolored": ("crop", "flip", "grey", "blur"), "target": tuple(DRAWS)}
+    for name in copied[config.anchor_view]:
+        target_view = draws[name][:1]
+        draws[name][1 : 1 + config.random_views] = target_view
+
+
+def views_of_one_size(
+    batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size: int, scale: tuple
+) -> tuple[Tensor, ...]:
+    """v views of each image. draws: name -> v b count -> v tensors b 3 size size, normalised."""
+    num_views = len(draws["crop"])
+    draws = {name: numbers.flatten(0, 1) for name, numbers in draws.items()}  # (v b) count
+
+    boxes = crop_boxes(draws["crop"], batch.sizes.repeat(num_views, 1), scale)
+    flip = draws["flip"][:, 0] < config.flip
+    pixels = crop_and_resize(batch.images, boxes, flip, size)
+
+    if config.color_jitter > 0:
+        jitter = draws["jitter"][:, 0] < config.jitter
+        strength = config.color_jitter
+        pixels = color_jitter(pixels, strength, jitter, draws["factors"], draws["order"])
+
+    grey = places_of(draws["grey"][:, 0] < config.grey, pixels.device)
+    pixels[grey] = to_grey(pixels[grey]).expand(-1, 3, -1, -1)
+
+    blurred = draws["blur"][:, 0] < config.blur
+    if blurred.any():
+        low, high = config.blur_sigma
+        sigma = low + (high - low) * draws["blur"][blurred, 1]
+        places = places_of(blurred, pixels.device)
+        pixels[places] = gaussian_blur(pixels[places], sigma.to(pixels.device))
+    return normalize(pixels).split(len(batch.images))
+
+
+# ---- Schedules (Appendix A.1) --------------------------------------------------------------------
+class StepValues(NamedTuple):
+    """What the schedules say for one step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    sharpening: float
+
+
+def linear(step: float, total_steps: float, start: float, final: float) -> float:
+    """From start, exact at step 0, to final at total_steps."""
+    return start + (final - start) * step / total_steps
+
+
+def cosine(step: float, total_steps: float, start: float, final: float) -> float:
+    """Half a cosine from start at step 0 to final at total_steps; does not turn back after that."""
+    progress = min(step / total_steps, 1)
+    return final + (start - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmup_cosine(
+    step: float, warmup_steps: int, total_steps: int, start: float, peak: float, final: float
+) -> float:
+    """Linear from start to peak in warmup_steps, then a cosine to final at total_steps."""
+    if step < warmup_steps:
+        return linear(step, warmup_steps, start, peak)
+    return cosine(step - warmup_steps, max(1, total_steps - warmup_steps), peak, final)
+
+
+def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepValues:
+    """The values of a step (from 0): a pure function. As published, learning rate and weight decay
+    are advanced before they are used (hence step + 1), momentum and sharpening after."""
+    # Departure: the paper's schedules end with the run; as in the official release, they are laid
+    # out over 1.25 runs (over 1 in the small recipes).
+    total = config.schedule_stretch * steps_per_epoch * config.epochs
+    whole = int(total)
+    warmup = int(config.warmup_epochs * steps_per_epoch)
+    return StepValues(
+        lr=warmup_cosine(step + 1, warmup, whole, config.start_lr, config.lr, config.final_lr),
+        weight_decay=cosine(step + 1, whole, config.weight_decay, config.final_weight_decay),
+        momentum=linear(step, total, config.momentum, config.final_momentum),
+        sharpening=linear(step, total, config.sharpening, config.final_sharpening),
+    )
+
+
+# ---- One training step ---------------------------------------------------------------------------
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    target_view: Tensor,
+    anchor_views: list[Tensor],
+    patches_to_keep: list[Tensor | None],
+    now: StepValues,
+    clip_grad: float,
+    precision: str = "float32",
+) -> tuple[MSNLoss, Tensor]:
+    """One update of anchor encoder, prototypes and target encoder, by the views of make_views.
+
+    model: a ViTMSNForPreTraining, or one inside DistributedDataParallel. Returns the terms of the
+    loss and the norm of the encoder's gradient. Raises FloatingPointError, before any weight has
+    changed, if the loss or a gradient is not finite.
+    """
+    optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs that memory
+    with torch.autocast(target_view.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        loss = model(target_view, anchor_views, patches_to_keep, now.sharpening)
+    loss.loss.backward()
+
+    # As published, the prototypes' gradient is not part of the norm and is not clipped.
+    unwrapped = getattr(model, "module", model)  # out of DistributedDataParallel
+    encoder_parameters = unwrapped.anchor_encoder.parameters()
+    grad_norm = nn.utils.clip_grad_norm_(encoder_parameters, clip_grad, foreach=True)
+    check_finite(loss, grad_norm, unwrapped.prototypes.grad)
+
+    for group in optimizer.param_groups:
+        group["lr"] = now.lr
+    decaying = optimizer.param_groups[0]  # of parameter_groups
+    decaying["weight_decay"] = now.weight_decay
+    optimizer.step()
+    unwrapped.update_target(now.momentum)
+    return loss, grad_norm
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+def train(
+    config: TrainConfig, data: Images, folder: Path, content: dict | None, processes: "Processes"
+) -> None:
+    """A whole run: set up, loop, finish. content: the checkpoint to go on from, or None."""
+    steps_per_epoch = len(data.train) // config.batch_size
+    steps = steps_to_do(config, steps_per_epoch, content)
+    if content and not steps and (folder / "summary.json").exists():
+        print(f"{folder} is finished ({steps.start} steps); nothing to do", flush=True)
+        return
+
+    model = build_model(replace(config, init_from="") if content else config, processes)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
+    if content:
+        restore(content, model, optimizer)
+    parallel_model = processes.parallel(model)
+
+    if processes.is_first:
+        announce(config, folder, data, model, steps)
+        record = Record(folder, config, steps, content["elapsed"] if content else 0.0)
+    stop_signals = StopSignals()
+    unreadable = UnreadableFiles()
+    my_images = processes.share_of(config.batch_size)
+
+    for step, batch in enumerate(load_batches(config, data.train, steps, my_images), steps.start):
+        seed_dropout(config.seed, step, processes.rank)
+        batch = batch._replace(images=batch.images.to(processes.device))
+        views = make_views(batch, config, step, my_images)
+        now = schedule_at(config, step, steps_per_epoch)
+        try:
+            loss, grad_norm = train_step(
+                parallel_model, optimizer, *views, now, config.clip_grad, config.precision
+            )
+        except FloatingPointError as error:
+            note = f"step {step}: {error}; the last checkpoint, if any, is in {folder}."
+            raise FloatingPointError(note) from None
+
+        metrics = metrics_of(loss, grad_norm, processes)
+        stop = processes.any(stop_signals.received)
+        unreadable.announce(batch.unreadable)
+        done = step + 1
+
+        if processes.is_first:
+            epoch = done / steps_per_epoch
+            record.step(step, epoch, metrics, now)
+            if step == 0:
+                save_views(folder / "views.png", views, config)
+            if data.val is not None and is_due(done, config.knn_every * steps_per_epoch):
+                accuracy = knn_accuracy(model.target_encoder, data, config, processes.device)
+                record.evaluation(done, epoch, accuracy)
+            if stop or done == steps.stop or is_due(done, config.checkpoint_every):
+                save_checkpoint(folder, model, optimizer, config, done, record.elapsed())
+            if stop:
+                command = f"the same command with --resume --output-dir {folder}"
+                print(f"\nstopped after step {done}; go on by {command}")
+        if stop:
+            return
+
+    if processes.is_first:
+        finish_run(folder, model, data, config, steps.stop, record.elapsed())
+
+
+def steps_to_do(config: TrainConfig, steps_per_epoch: int, content: dict | None) -> range:
+    """The numbers of the steps that are left, after those of a checkpoint, if any."""
+    first_step = content["step"] if content else 0
+    last_step = config.epochs * steps_per_epoch
+    if config.max_steps:
+        last_step = min(last_step, config.max_steps)
+    return range(first_step, max(first_step, last_step))
+
+
+def is_due(done: int, every: int) -> bool:
+    """Whether it is time, after `done` steps, for what happens once in `every` steps (0: never)."""
+    return every > 0 and done % every == 0
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed the global generator, which only stochastic depth draws from."""
+    torch.manual_seed(generator_for(seed, DROPOUT, step, rank).initial_seed())
+
+
+def check_finite(loss: MSNLoss, grad_norm: Tensor, prototype_grad: Tensor | None) -> None:
+    """Raise FloatingPointError if the loss or a gradient is not finite (None: not learning)."""
+    values = [loss.loss.detach(), grad_norm]
+    if prototype_grad is not None:
+        values.append(prototype_grad.abs().max())
+    if not torch.isfinite(torch.stack(values)).all():  # here the host waits for the device
+        raise FloatingPointError(
+            f"not finite: loss {loss.loss:.4g}, cross-entropy {loss.cross_entropy:.4g}, "
+            f"me-max {loss.memax:.4g}, gradient norm {grad_norm:.4g}"
+        )
+
+
+class StopSignals:
+    """Notices SIGINT and SIGTERM. The first one asks for a stop after the step; the same signal
+    once more ends the program at once."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.notice)
+
+    def notice(self, number: int, frame) -> None:
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ---- Augmentations: what views_of_one_size calls, for whole batches on the training device -------
+RATIO_LOW = 3 / 4  # of width to height, in crops
+RATIO_HIGH = 4 / 3
+LARGE = 64  # pixels; larger images are resized one by one on a CPU
+
+
+def crop_boxes(u: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:
+    """Random resized crop: which box of each image a view shows.
+
+    The rule: a try is an area, uniform between the shares `scale` of the image's, and an aspect
+    ratio, log-uniform between 3/4 and 4/3. The first of ten tries that fits into the image is
+    taken, at a uniform place. If none fits, it is the largest square, in the middle.
+    u: b 22, uniform in [0, 1); sizes: b 2, height and width -> b 4, top, left, height, width.
+    """
+    u_area, u_ratio, u_place = u.double().split([TRIES, TRIES, 2], dim=1)
+    image_height, image_width = sizes.double().unbind(dim=1)
+
+    low, high = scale
+    share = low + (high - low) * u_area
+    area = share * (image_height * image_width)[:, None]
+    log_ratio = math.log(RATIO_LOW) + math.log(RATIO_HIGH / RATIO_LOW) * u_ratio
+    ratio = log_ratio.exp()
+    heights = (area / ratio).sqrt().round().clamp(min=1)  # b tries
+    widths = (area * ratio).sqrt().round().clamp(min=1)
+
+    fits = (heights <= image_height[:, None]) & (widths <= image_width[:, None])
+    any_fits = fits.any(dim=1)
+    first = fits.int().argmax(dim=1, keepdim=True)  # argmax gives the first of equal values
+    square = torch.minimum(image_height, image_width)
+    height = torch.where(any_fits, heights.gather(1, first)[:, 0], square)
+    width = torch.where(any_fits, widths.gather(1, first)[:, 0], square)
+
+    place = torch.where(any_fits[:, None], u_place, 0.5)
+    top = (place[:, 0] * (image_height - height + 1)).floor()
+    left = (place[:, 1] * (image_width - width + 1)).floor()
+    return torch.stack([top, left, height, width], dim=1).long()
+
+
+def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Cut boxes out of images, resize them, and mirror those that `flip` says.
+
+    images: b c height width, uint8, on the device. boxes: (v b) 4, top, left, height, width, and
+    flip: (v b), both on the CPU; box i is of image i modulo b. -> (v b) c size size, from 0 to 1.
+    Departure: Pillow's bilinear resize with antialiasing, but only to a grey level, rarely two.
+    """
+    # Why two ways: on a CPU, one by one is 2 to 4 times as fast for large pictures, which then stay
+    # in its cache, as whole numbers. On a GPU, and for small pictures, all at once is faster.
+    if images.device.type == "cpu" and max(images.shape[-2:]) > LARGE:
+        crops = crop_one_by_one(images, boxes, size)
+    else:
+        crops = crop_by_products(images, boxes, size)
+
+    flipped = places_of(flip, images.device)
+    crops[flipped] = crops[flipped].flip(-1)
+    return crops
+
+
+def places_of(chosen: Tensor, device: torch.device) -> Tensor:
+    """Where a mask is true. On the CPU, where the mask is, so that nobody waits for the device."""
+    return chosen.nonzero()[:, 0].to(device)
+
+
+def crop_one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops of crop_and_resize, by torch's own resize."""
+    crops = []
+    for i, (top, left, height, width) in enumerate(boxes.tolist()):
+        image = images[i % len(images)]
+        crop = image[None, :, top : top + height, left : left + width]
+        crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True))
+    return torch.cat(crops).float().div_(255)
+
+
+def crop_by_products(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops of crop_and_resize, all at once, as products of matrices.
+
+    The idea: each pixel of a resized crop is a weighted mean of the image's pixels, and each weight
+    is one number for the pixel's row times one for its column. So a crop is row_weights @ image @
+    column_weights^T; resize_matrix gives both matrices (size height, size width).
+
+    The trick: weights are 0 outside of the box, so most of that product is for nothing. Each image
+    is first cut to a window around its box. All windows are as high as the highest box and as wide
+    as the widest, so that they stack into one tensor.
+    """
+    window_size = boxes[:, 2:].amax(dim=0)
+    window_height, window_width = window_size.tolist()
+    image_size = torch.tensor(images.shape[-2:])
+    corner = torch.minimum(boxes[:, :2], image_size - window_size)  # so that no window sticks out
+    top, left = corner.to(images.device).unbind(dim=1)
+    image = torch.arange(len(boxes), device=images.device) % len(images)
+    all_windows = images.unfold(2, window_height, 1).unfold(3, window_width, 1)  # copies nothing
+    windows = all_windows[image, :, top, left].float()  # (v b) c window_height window_width
+
+    start = boxes[:, :2] - corner  # of each box in its window
+    row_weights = resize_matrix(start[:, 0], boxes[:, 2], window_height, size) / 255
+    column_weights = resize_matrix(start[:, 1], boxes[:, 3], window_width, size)
+
+    # All channels have the same weights, so they go through each product below or beside another.
+    channels_below = rearrange(windows, "b c h w -> b (c h) w")
+    narrow = torch.bmm(channels_below, column_weights.to(images.device).transpose(1, 2))
+    channels_beside = rearrange(narrow, "b (c h) w -> b h (c w)", h=window_height)
+    crops = torch.bmm(row_weights.to(images.device), channels_beside)
+    return rearrange(crops, "b h (c w) -> b c h w", w=size)
+
+
+def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> Tensor:
+    """One axis of a bilinear resize with antialiasing: the weights of inputs in each output.
+
+    Inputs start ... start + length - 1 become `size` outputs. Each is a mean of the inputs around
+    its centre, with weights that fall in a straight line to 0: a triangle, as wide as two outputs,
+    or two inputs if those are wider. start, length: b -> b size num_inputs.
+    """
+    start = start[:, None, None]
+    length = length[:, None, None]
+    inputs_per_output = (length / size).float()
+    output = torch.arange(size, device=start.device)[:, None]
+    centre = start + (output + 0.5) * inputs_per_output
+    position = torch.arange(num_inputs, device=start.device) + 0.5
+
+    distance = (position - centre).abs()
+    weights = (1 - distance / inputs_per_output.clamp(min=1)).clamp(min=0)
+    weights = weights * ((position > start) & (position < start + length))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def to_grey(pixels: Tensor) -> Tensor:
+    """Luma of RGB (ITU-R 601-2, as in Pillow). pixels: b 3 h w -> b 1 h w."""
+    red, green, blue = pixels.split(1, dim=1)
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def adjust_brightness(pixels: Tensor, factor: Tensor) -> Tensor:
+    """Mix with black, or go away from it. pixels: b 3 h w, factor: b 1 1 1 (1: as it is)."""
+    return (pixels * factor).clamp_(0, 1)
+
+
+def adjust_contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+    """Mix with the image's mean grey. pixels: b 3 h w, factor: b 1 1 1 (1: as it is)."""
+    mean_grey = to_grey(pixels).mean(dim=(1, 2, 3), keepdim=True)
+    return torch.lerp(mean_grey, pixels, factor).clamp_(0, 1)
+
+
+def adjust_saturation(pixels: Tensor, factor: Tensor) -> Tensor:
+    """Mix with the image in greys. pixels: b 3 h w, factor: b 1 1 1 (1: as it is)."""
+    return torch.lerp(to_grey(pixels), pixels, factor).clamp_(0, 1)
+
+
+def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` of a full circle; saturation and value stay.
+
+    RGB to HSV, add to the hue, and back. pixels: b 3 h w, shift: b 1 1 1 (0: as it is).
+    """
+    red, green, blue = pixels.split(1, dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    least = torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - least
+
+    # To HSV. The hue, in turns of the circle: red is at 0, green at 1/3, blue at 2/3. The largest
+    # channel says at which of them it is, the other two how far from it. (Greys get some hue, which
+    # chroma 0 takes away again.)
+    scale = 1 / (6 * chroma).clamp_(min=1e-8)
+    if_red = (green - blue).mul_(scale)
+    if_green = (blue - red).mul_(scale).add_(1 / 3)
+    if_blue = (red - green).mul_(scale).add_(2 / 3)
+    hue = torch.where(value == red, if_red, torch.where(value == green, if_green, if_blue))
+
+    hue = hue.add_(shift)
+    hue -= hue.floor()  # back into [0, 1); on a CPU faster than % 1
+
+    # Back to RGB: each channel is least + chroma * how full it is. The usual way picks one of six
+    # formulas, for each sixth of the circle. But "how full" is one function of the hue: a hill with
+    # a flat top and straight slopes, which is a distance, clamped. Red is full within a sixth of 0
+    # and empty within a sixth of 1/2; green and blue are full within a sixth of 1/3 and 2/3. So all
+    # channels take the same few steps, without a choice for each pixel, which is fast.
+    centre = hue.new_tensor([1 / 2, 1 / 3, 2 / 3])[:, None, None]
+    slope = hue.new_tensor([6, -6, -6])[:, None, None]
+    height = hue.new_tensor([-1, 2, 2])[:, None, None]
+    fullness = torch.addcmul(height, slope, (hue - centre).abs_()).clamp_(0, 1)
+    return torch.addcmul(least, chroma, fullness)
+
+
+# As torchvision and Pillow define them, in the order of the random factors.
+COLOR_OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def color_jitter(
+    pixels: Tensor, strength: float, apply: Tensor, u_factors: Tensor, u_order: Tensor
+) -> Tensor:
+    """SimCLR's colour jitter, in place: four adjustments, in an order of each image's own.
+
+    pixels: b 3 h w in [0, 1]; apply: b, which images; u_factors, u_order: b 4, uniform in [0, 1).
+    """
+    # Brightness, contrast and saturation are factors around 1, hue is a shift around 0.
+    middle = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    spread = strength * torch.tensor([0.8, 0.8, 0.8, 0.2])
+    high = middle + spread
+    low = torch.where(middle > 0, (middle - spread).clamp(min=0), -spread)  # no factor below 0
+    factors = (low + u_factors * (high - low)).to(pixels.device)[..., None, None, None]
+
+    order = u_order.argsort(dim=1)  # b 4: which operation comes first, second, ... in each image
+    for place in range(len(COLOR_OPERATIONS)):
+        for kind, operation in enumerate(COLOR_OPERATIONS):
+            images = places_of(apply & (order[:, place] == kind), pixels.device)
+            pixels[images] = operation(pixels[images], factors[images, kind])
+    return pixels
+
+
+def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
+    """Blur by a Gaussian, a product of matrices for each axis. pixels: b c h h; sigma: b, pixels.
+
+    Weights of pixels that would lie outside are left out.
+    """
+    place = torch.arange(pixels.shape[-1], device=pixels.device)
+    distance = place[:, None] - place
+    exponent = -0.5 * (distance / sigma[:, None, None]) ** 2
+    # Weights below 2e-9 are dropped: further out they are denormal, 100 times slower on a CPU.
+    exponent = exponent.masked_fill(exponent < -20, -math.inf)
+    weights = exponent.softmax(dim=-1)[:, None]  # b 1 h h
+    return weights @ pixels @ weights.transpose(-1, -2)
+
+
+# ---- Model and optimizer -------------------------------------------------------------------------
+def build_model(config: TrainConfig, processes: "Processes") -> ViTMSNForPreTraining:
+    """The Masked Siamese Network of these settings, its weights a function of the seed alone."""
+    torch.manual_seed(config.seed)
+    model = ViTMSNForPreTraining(
+        config.model_config(),
+        config.head_hidden_size,
+        config.output_dim,
+        config.num_prototypes,
+        temperature=config.temperature,
+        sharpening=config.sharpening,
+        sinkhorn_iterations=config.sinkhorn_iterations,
+        memax_weight=config.memax_weight,
+        prior_exponent=config.prior_exponent,
+        all_reduce=processes.reduce,
+    )
+    if config.init_from:
+        new = model.load_pretrained(config.init_from)
+        print(f"starting from {config.init_from}; new are: {', '.join(new) or 'none'}", flush=True)
+    model.prototypes.requires_grad_(not config.freeze_prototypes)
+
+    # On a CPU the fused kernel's backward pass in bfloat16 takes 3 to 8 times as long.
+    slow = processes.device.type == "cpu" and config.precision == "bfloat16"
+    model.anchor_encoder.set_attn_implementation("eager" if slow else "sdpa")
+    if config.gradient_checkpointing:
+        model.anchor_encoder.gradient_checkpointing_enable()
+    if config.compile:
+        model.anchor_encoder.compile()
+        model.target_encoder.compile()
+    if processes.count > 1:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.__class__ = GlobalBatchNorm1d
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    return model.to(processes.device, dtype).train()
+
+
+def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[dict]:
+    """Groups for AdamW. As published, encoder parameters of two or more dimensions decay (the first
+    group); biases, norms and prototypes do not. train_step sets the learning rates."""
+    encoder = list(model.anchor_encoder.parameters())
+    return [
+        {"params": [p for p in encoder if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in encoder if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [model.prototypes], "weight_decay": 0.0},
+    ]
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """auto is bfloat16 where matrix products in it are fast: CUDA from Ampere on, CPUs with AMX.
+
+    Departure: the official release computes in float32. (Weights and the loss stay float32.)
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        fast = major >= 8
+    else:
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not in every torch
+        fast = has_amx is not None and has_amx()
+    return "bfloat16" if fast else "float32"
+
+
+# ---- Data sets: built-in images, CIFAR-10, or a folder -------------------------------------------
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+CIFAR10_CLASSES = [
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+]
+
+
+def open_data(config: TrainConfig) -> Images:
+    """What --data names: synthetic, cifar10, or a folder."""
+    if config.data == "synthetic":
+        return synthetic_images(config.seed)
+    if config.data == "cifar10":
+        return cifar10_images(Path(config.data_dir))
+    readers = config.num_workers + 1  # the main process reads too
+    cache_bytes = config.cache_mb * 2**20 // readers
+    return folder_images(Path(config.data), 2 * config.image_size, cache_bytes)
+
+
 @dataclass(eq=False)
 class ImagesInMemory(Dataset):
     """Images of one size. images: n c height width."""
+
     images: Tensor
 
     def __len__(self) -> int:
@@ -234,13 +861,31 @@ class ImagesInMemory(Dataset):
         sizes = torch.tensor(self.images.shape[-2:]).expand(len(indices), 2)
         return Batch(self.images[indices], sizes, indices, [])
 
+
 class ImageFiles(Dataset):
-    """Images read when asked for, the shorter side reduced to `side`. check: ValueError if half are unreadable."""
+    """Picture files, read when asked for, with their shorter side reduced to `side` pixels.
+
+    Up to cache_bytes of decoded images are kept. Raises ValueError if half of the files that are
+    tried are unreadable; check=False tries none.
+    """
+
     def __init__(self, paths: list[Path], side: int, cache_bytes: int, check: bool = True):
-        self.paths, self.side, self.free_bytes, self.cache = paths, side, cache_bytes, {}
-        tried = [self.read(i) is not None for i in range(0, len(paths) if check else 0, max(len(paths) // 32, 1))]
-        if 2 * sum(tried) <= len(tried) > 0:
-            raise ValueError(f"of {len(tried)} files tried in {paths[0].parent}, only {sum(tried)} are readable.")
+        self.paths = paths
+        self.side = side
+        self.free_bytes = cache_bytes
+        self.cache: dict[int, Tensor] = {}
+        if check:
+            self.check_readable()
+
+    def check_readable(self) -> None:
+        """Try some 32 of the files."""
+        tried = range(0, len(self), max(len(self) // 32, 1))
+        readable = sum(self.read(i) is not None for i in tried)
+        if 2 * readable <= len(tried) > 0:
+            where = self.paths[0].parent
+            raise ValueError(
+                f"of {len(tried)} files tried in {where}, only {readable} are readable."
+            )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -258,339 +903,810 @@ class ImageFiles(Dataset):
             self.free_bytes -= pixels.nbytes
         return pixels
 
+    def next_readable(self, i: int, unreadable: list[str]) -> tuple[int, Tensor]:
+        """The first readable file from i on (after the last comes the first): its number and image.
+
+        It stands in for file i, the same one whoever reads. Files that it passes over are appended
+        to `unreadable`. Raises OSError if there is no readable file at all.
+        """
+        for offset in range(len(self)):
+            j = (i + offset) % len(self)
+            pixels = self.read(j)
+            if pixels is not None:
+                return j, pixels
+            unreadable.append(str(self.paths[j]))
+        raise OSError(
+            f"none of the {len(self)} image files is readable any more, such as {self.paths[i]}."
+        )
+
     def __getitems__(self, indices: list[int]) -> Batch:
-        images, used, unreadable = [], [], []
+        images = []
+        used = []
+        unreadable: list[str] = []
         for i in indices:
-            for j in (k % len(self) for k in range(i, i + len(self))):  # the next readable one, the same whoever reads
-                if (pixels := self.read(j)) is not None:
-                    break
-                unreadable.append(str(self.paths[j]))
-            else:
-                raise OSError(f"none of the {len(self)} image files is readable any more, such as {self.paths[i]}.")
+            j, pixels = self.next_readable(i, unreadable)
             images.append(pixels)
             used.append(j)
+
         sizes = torch.tensor([image.shape[-2:] for image in images])
-        canvas = torch.zeros(len(images), *sizes.amax(dim=0).tolist(), 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        for row, image in zip(canvas, images, strict=True):
-            row[:, :image.shape[1], :image.shape[2]] = image
+        height, width = sizes.amax(dim=0).tolist()
+        canvas = torch.zeros(len(images), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        for place, image in zip(canvas, images, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
         return Batch(canvas, sizes, used, unreadable)
 
+
+class UnreadableFiles:
+    """Names each file that cannot be read, the first time that it is met, with a count."""
+
+    def __init__(self):
+        self.known: set[str] = set()
+
+    def announce(self, paths: list[str]) -> None:
+        for path in sorted(set(paths) - self.known):
+            self.known.add(path)
+            note = f"{path} is no readable image ({len(self.known)} so far); the next stands in"
+            print(f"\n{note}", file=sys.stderr)
+
+
 def load_image(path: Path, side: int) -> Tensor:
-    """A picture file as uint8 3 height width, upright, its shorter side at most `side` (the longer: four times)."""
+    """A picture file as uint8, 3 height width, upright.
+
+    Its shorter side is reduced to at most `side` pixels, and its longer one to at most four times
+    that. Raises whatever Pillow raises, also for a picture above Pillow's own limit of pixels.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limit, as an error
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
-            image.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size where that is enough
+            image.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size, if enough
             image = to_rgb(image)
     scale = min(1, side / min(image.size), 4 * side / max(image.size))
     if scale < 1:
-        image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR, reducing_gap=2)
+        smaller = [max(1, round(length * scale)) for length in image.size]
+        image = image.resize(smaller, Image.Resampling.BILINEAR, reducing_gap=2)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-# A data set: two Datasets and the class numbers of their images. Without labels or val the last three are None.
-Images = namedtuple("Images", "classes train train_labels val val_labels")
-
-def open_data(config: TrainConfig) -> Images:
-    """What --data names: synthetic, cifar10, or a folder."""
-    if config.data in ("synthetic", "cifar10"):
-        return synthetic_images(config.seed) if config.data == "synthetic" else cifar10_images(Path(config.data_dir))
-    return folder_images(Path(config.data), 2 * config.image_size, config.cache_mb * 2**20 // (config.num_workers + 1))
-
-def smooth_noise(count: int, size: int, width: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise blurred by `width` pixels, of deviation 1. -> count size size."""
-    frequency = np.fft.fftfreq(size)[:, None] ** 2 + np.fft.fftfreq(size) ** 2
-    spectrum = np.fft.fft2(rng.standard_normal((count, size, size))) * np.exp(-2 * (np.pi * width) ** 2 * frequency)
-    noise = np.fft.ifft2(spectrum).real
-    return noise / noise.std(axis=(1, 2), keepdims=True)
-
-cos, sin, tanh, pi = np.cos, np.sin, np.tanh, np.pi
-TEXTURES = {  # u, v: phases in two directions at right angles; n(width): smooth noise; all count size size
-    "stripes": lambda u, v, n: tanh(3 * sin(u)),
-    "checks": lambda u, v, n: tanh(6 * sin(u / 1.4) * sin(v / 1.4)),
-    "dots": lambda u, v, n: tanh(4 * (cos(u) + cos(v) - 0.9)),
-    "waves": lambda u, v, n: tanh(3 * sin(u + 1.5 * sin(v / 1.5))),
-    "honeycomb": lambda u, v, n: tanh(3 * (cos(u) + cos(-u / 2 + v * 0.866) + cos(-u / 2 - v * 0.866) + 0.3)),
-    "bricks": lambda u, v, n: 1 - 2.0 * ((cos(v * 2) > 0.75) | (cos(u / 1.2 + pi * (np.floor(v / pi) % 2)) > 0.9)),
-    "zigzag": lambda u, v, n: tanh(3 * sin(u + 2.2 * np.arcsin(sin(v / 1.6)))),
-    "rings": lambda u, v, n: tanh(3 * sin(2.2 * np.hypot(*((p / 2.5) % (2 * pi) - pi for p in (u, v))))),
-    "blobs": lambda u, v, n: tanh(2 * n(1.5)),
-    "grain": lambda u, v, n: tanh(2 * n(0.3))}
-
-def draw_texture(texture: Callable, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Grey textures of one kind, each with its own turn, period, phase and bends. -> count size size."""
-    turn, period = rng.uniform(0, 2 * pi, (count, 1, 1)), rng.uniform(5, 9, (count, 1, 1))
-    y, x = np.mgrid[:size, :size]
-    x, y = (axis + 1.5 * smooth_noise(count, size, 5, rng) for axis in (x, y))  # bent: no two images match by pixel
-    u = 2 * pi * (cos(turn) * x + sin(turn) * y) / period + rng.uniform(0, 2 * pi, (count, 1, 1))
-    v = 2 * pi * (-sin(turn) * x + cos(turn) * y) / period + rng.uniform(0, 2 * pi, (count, 1, 1))
-    return texture(u, v, lambda width: smooth_noise(count, size, width, rng))
-
-def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 32) -> Images:
-    """Ten kinds of grey texture. The class is what any two crops of an image have in common; place, turn, period and
-    contrast are not, so raw pixels say little. (In colour, colour tells images apart, and the method learns that.)"""
-    rng = np.random.default_rng([seed, IMAGES])
-    labels, kinds = torch.arange(train + val) % len(TEXTURES), len(TEXTURES)
-    pixels = np.empty((train + val, size, size), np.float32)
-    for label, texture in enumerate(TEXTURES.values()):
-        pixels[label::kinds] = draw_texture(texture, len(labels[label::kinds]), size, rng)
-    pixels -= pixels.mean(axis=(1, 2), keepdims=True)  # neither brightness nor contrast may give the kind away
-    pixels /= pixels.std(axis=(1, 2), keepdims=True)
-    shape = (train + val, 1, 1)
-    contrast = rng.uniform(0.4, 1, shape) * rng.choice([-1, 1], shape)
-    pixels = 127.5 + 60 * contrast * pixels + rng.uniform(-30, 30, shape) + rng.normal(0, 6, pixels.shape)
-    images = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
-    return Images(list(TEXTURES), ImagesInMemory(images[:train]), labels[:train], ImagesInMemory(images[train:]),
-                  labels[train:])
-
-class PickledArray:
-    """Keeps what a pickle would hand to numpy, whose own functions trust it: an array of objects at any address."""
-    def __setstate__(self, state):
-        self.state = state
-
-class CifarUnpickler(pickle.Unpickler):
-    """CIFAR-10's files are pickles. Whatever one wants to call, it gets a PickledArray: nothing of anyone's is run."""
-    def find_class(self, module, name):
-        return lambda *_: PickledArray()
-
-def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
-    """One of the original batches -> images n 3 32 32 (uint8), labels n. Raises ValueError if it is none."""
-    try:
-        content = CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        _, shape, _, _, pixels = content[b"data"].state
-        labels = torch.tensor(list(bytes([*content[b"labels"]])))  # bytes() takes a flat list of small numbers only
-        if shape != (len(labels), 3072) or labels.max() > 9:
-            raise ValueError(f"data is {shape} with {len(labels)} labels")
-        return torch.tensor(np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)), labels
-    except Exception as error:  # an unpickler fed with garbage raises every kind there is
-        raise ValueError(f"{path} is no CIFAR-10 python batch: {error}") from None
-
-def cifar10_images(data_dir: Path) -> Images:
-    """The data_batch_* files that are there; if there are none, the archive is downloaded, checked and unpacked."""
-    found = [f for f in (data_dir, data_dir / "cifar-10-batches-py") if [*f.glob("data_batch_[1-5]")]]
-    folder = found[0] if found else download_cifar10(data_dir)
-    batches = [read_cifar_batch(path) for path in sorted(folder.glob("data_batch_[1-5]"))]
-    train, train_labels = map(torch.cat, zip(*batches, strict=True))
-    val, val_labels = read_cifar_batch(folder / "test_batch")
-    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    return Images(classes, ImagesInMemory(train), train_labels, ImagesInMemory(val), val_labels)
-
-def download_cifar10(data_dir: Path) -> Path:
-    """Fetch the archive from the authors' page, check that it is the published one, unpack it into data_dir."""
-    print(f"downloading {CIFAR10_URL} (163 MiB)", flush=True)
-    with urllib.request.urlopen(CIFAR10_URL, timeout=60) as response:
-        archive = response.read()
-    if hashlib.sha256(archive).hexdigest() != CIFAR10_SHA256:
-        raise ValueError(f"{CIFAR10_URL} is not the published file (its SHA-256 differs); nothing was unpacked.")
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        for member in filter(tarfile.TarInfo.isfile, tar):  # one by one: processes of one job may do so at once
-            write_file(data_dir / "cifar-10-batches-py" / Path(member.name).name, tar.extractfile(member).read())
-    return data_dir / "cifar-10-batches-py"
 
 def image_paths(folder: Path) -> list[Path]:
     """All picture files below a folder, in a fixed order. Raises UsageError if there are none."""
-    roots = [folder, *(p for p in folder.glob("*") if p.is_symlink())]  # links to classes, but no links in a circle
-    paths = sorted(p for root in roots for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    # Links to folders right below are followed, others are not: they could go in a circle.
+    roots = [folder]
+    roots += [path for path in folder.glob("*") if path.is_symlink()]
+    paths = []
+    for root in roots:
+        for path in root.rglob("*"):
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                paths.append(path)
     if not paths:
-        raise UsageError(f"{folder} is no folder or holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}).")
-    return paths
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        raise UsageError(f"{folder} is no folder or holds no image ({suffixes}).")
+    return sorted(paths)
+
 
 def folder_images(folder: Path, side: int, cache_bytes: int) -> Images:
-    """train/CLASS/* and val/CLASS/* (only CLASS folders: labels), or any tree of images without labels."""
-    train, val = folder / "train", folder / "val"
-    paths = image_paths(train if train.is_dir() else folder)
+    """train/CLASS/* and val/CLASS/*, with labels, or any other tree of images, without."""
+    train_folder = folder / "train"
+    val_folder = folder / "val"
+    paths = image_paths(train_folder if train_folder.is_dir() else folder)
     images = ImageFiles(paths, side, cache_bytes)
-    if not val.is_dir() or any(path.parent.parent != train for path in paths):
+    in_class_folders = all(path.parent.parent == train_folder for path in paths)
+    if not val_folder.is_dir() or not in_class_folders:
         return Images([], images, None, None, None)
-    val_paths, classes = image_paths(val), sorted({path.parent.name for path in paths})
-    if unknown := sorted({path.parent.name for path in val_paths} - set(classes)):
-        raise UsageError(f"{val} has classes that train lacks: {', '.join(unknown[:5])}.")
-    labels, val_labels = (torch.tensor([classes.index(p.parent.name) for p in part]) for part in (paths, val_paths))
+
+    val_paths = image_paths(val_folder)
+    classes = sorted({path.parent.name for path in paths})
+    unknown = sorted({path.parent.name for path in val_paths} - set(classes))
+    if unknown:
+        names = ", ".join(unknown[:5])
+        raise UsageError(f"{val_folder} has classes that train lacks: {names}.")
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number[path.parent.name] for path in paths])
+    val_labels = torch.tensor([number[path.parent.name] for path in val_paths])
     return Images(classes, images, labels, ImageFiles(val_paths, side, cache_bytes), val_labels)
 
-def step_batches(config: TrainConfig, num_images: int, steps: range, rows: slice) -> Iterator[list[int]]:
-    """The images of each step: this process's rows of a stretch of the epoch's order, drawn from (seed, epoch)."""
+
+def load_batches(
+    config: TrainConfig, images: Dataset, steps: range, my_images: slice
+) -> DataLoader:
+    """The Batch of each step, this process's part of the global batch."""
+    return DataLoader(
+        images,
+        batch_sampler=step_batches(config, len(images), steps, my_images),
+        collate_fn=Batch._make,  # a data set gives whole batches
+        num_workers=config.num_workers,
+        worker_init_fn=ignore_sigterm,
+    )
+
+
+def step_batches(
+    config: TrainConfig, num_images: int, steps: range, my_images: slice
+) -> Iterator[list[int]]:
+    """Which images each step takes: a stretch of the epoch's order, and of it this process's part.
+
+    The order is a function of seed and epoch.
+    """
     for step in steps:
         epoch, place = divmod(step, num_images // config.batch_size)
         if place == 0 or step == steps.start:
             order = torch.randperm(num_images, generator=generator_for(config.seed, ORDER, epoch))
-        yield order[place * config.batch_size:][rows].tolist()
+        first = place * config.batch_size
+        yield order[first:][my_images].tolist()
 
-# ---- Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur; whole batches on the training device
-# Uniform numbers per view and image. They are drawn on the CPU for the global batch, whatever the number of processes.
-TRIES = 10  # of a crop that fits
-DRAWS = {"crop": 2 * TRIES + 2, "flip": 1, "jitter": 1, "factors": 4, "order": 4, "grey": 1, "blur": 2}
 
-def crop_boxes(u: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:
-    """Random resized crop: area uniform in `scale`, aspect ratio log-uniform in [3/4, 4/3], the first of ten tries that
-    fits, else the largest square in the middle. u: b 22 in [0, 1), sizes: b 2 -> b 4 (top, left, height, width)."""
-    height, width = sizes.double().unbind(dim=1)
-    area = (scale[0] + (scale[1] - scale[0]) * u[:, :TRIES].double()) * (height * width)[:, None]
-    ratio = (math.log(3 / 4) + math.log(16 / 9) * u[:, TRIES:2 * TRIES].double()).exp()
-    w, h = (area * ratio).sqrt().round().clamp(min=1), (area / ratio).sqrt().round().clamp(min=1)
-    fits = (w <= width[:, None]) & (h <= height[:, None])
-    first, square = fits.int().argmax(dim=1, keepdim=True), torch.minimum(height, width)
-    h, w = (torch.where(fits.any(dim=1), x.gather(1, first)[:, 0], square) for x in (h, w))
-    place = torch.where(fits.any(dim=1)[:, None], u[:, 2 * TRIES:].double(), 0.5)
-    top, left = (place[:, 0] * (height - h + 1)).floor(), (place[:, 1] * (width - w + 1)).floor()
-    return torch.stack([top, left, h, w], dim=1).long()
+def ignore_sigterm(worker: int) -> None:
+    """For a process that decodes images: a signal to the whole job leaves it at work until the step
+    is done."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> Tensor:
-    """One axis of a bilinear resize with antialiasing (Pillow's): pixels start ... start + length - 1 of num_inputs
-    become `size`, each a triangle-weighted mean of those around its centre. start, length: b -> b size num_inputs."""
-    scale = (length / size).float()[:, None, None]
-    centre = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    position = torch.arange(num_inputs, device=start.device) + 0.5
-    weights = (1 - (position - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * ((position > start[:, None, None]) & (position < (start + length)[:, None, None]))
-    return weights / weights.sum(dim=-1, keepdim=True)
 
-def crop_by_products(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
-    """crop_and_resize, all at once: two matrix products for each crop; a flip reverses one of the matrices."""
-    # Every box is cut out as a window of the largest one, so that the products run over no more than that.
-    window = boxes[:, 2:].amax(dim=0)
-    corner = torch.minimum(boxes[:, :2], torch.tensor(images.shape[-2:]) - window)
-    start, (height, width) = boxes[:, :2] - corner, window.tolist()
-    rows = resize_matrix(start[:, 0], boxes[:, 2], height, size) / 255
-    columns = resize_matrix(start[:, 1], boxes[:, 3], width, size)
-    columns[flip] = columns[flip].flip(1)
-    windows = images.unfold(2, height, 1).unfold(3, width, 1)  # a view: nothing is copied before the next line
-    top, left = corner.to(images.device).unbind(dim=1)
-    cut = windows[torch.arange(len(boxes), device=images.device) % len(images), :, top, left].float()
-    half = torch.bmm(rearrange(cut, "b c h w -> b (c h) w"), columns.to(images.device).transpose(1, 2))
-    half = rearrange(half, "b (c h) w -> b h (c w)", h=height)
-    return rearrange(torch.bmm(rows.to(images.device), half), "b h (c w) -> b c h w", w=size)
+# ---- The built-in images: ten kinds of grey texture ----------------------------------------------
+# A texture is a function of u and v, phases in two directions at right angles (both count size
+# size), and of noise(width): smooth noise of that shape. Values lie in [-1, 1]; the steeper the
+# tanh, the sharper the edges.
+TAU = 2 * np.pi
+SIN_60 = 0.866
 
-def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
-    """Cut boxes out of images and resize them; box i is of image i modulo b. images: b c height width (uint8, on the
-    device); boxes: (v b) 4, top, left, height, width; flip: (v b) (both on the CPU) -> (v b) c size size, 0 to 1."""
-    if images.device.type != "cpu" or max(images.shape[-2:]) <= 64:
-        return crop_by_products(images, boxes, flip, size)
-    crops = []  # one by one: 2 to 4 times as fast for large pictures on a CPU, in its cache and in whole numbers
-    for i, (top, left, height, width) in enumerate(boxes.tolist()):
-        crop = images[i % len(images)].narrow(1, top, height).narrow(2, left, width)[None]
-        crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
-        crops.append(crop.flip(-1) if flip[i] else crop)
-    return torch.cat(crops).float().div_(255)
 
-def to_grey(pixels: Tensor) -> Tensor:
-    """Luma of RGB (ITU-R 601-2, as Pillow). pixels: b 3 h w -> b 1 h w."""
-    red, green, blue = pixels.split(1, dim=1)
-    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+def stripes(u, v, noise):
+    return np.tanh(3 * np.sin(u))
 
-def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` of a full circle; saturation and value stay. pixels: b 3 h w, shift: b 1 1 1."""
-    red, green, blue = pixels.split(1, dim=1)
-    value, least = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
-    chroma = value - least
-    scale = 1 / (6 * chroma).clamp_(min=1e-8)
-    hue = torch.where(value == red, (green - blue).mul_(scale), torch.where(  # in turns of the circle
-        value == green, (blue - red).mul_(scale).add_(1 / 3), (red - green).mul_(scale).add_(2 / 3))).add_(shift)
-    hue -= hue.floor()  # on a CPU faster than % 1
-    # Red is full within a sixth of 0 and nothing within a sixth of 1/2; green and blue are full around 1/3 and 2/3.
-    centre, sign, height = hue.new_tensor([[1 / 2, 1 / 3, 2 / 3], [6, -6, -6], [-1, 2, 2]])[..., None, None]
-    return torch.addcmul(least, chroma, torch.addcmul(height, sign, (hue - centre).abs_()).clamp_(0, 1))
 
-COLOR_OPERATIONS = (  # brightness, contrast, saturation, hue, as torchvision and Pillow define them
-    lambda x, f: (x * f).clamp_(0, 1),
-    lambda x, f: torch.lerp(to_grey(x).mean(dim=(1, 2, 3), keepdim=True), x, f).clamp_(0, 1),
-    lambda x, f: torch.lerp(to_grey(x), x, f).clamp_(0, 1),
-    adjust_hue)
+def checks(u, v, noise):
+    width = 1.4  # of a square, in stripes
+    return np.tanh(6 * np.sin(u / width) * np.sin(v / width))
 
-def color_jitter(pixels: Tensor, strength: float, apply: Tensor, u_factors: Tensor, u_order: Tensor) -> Tensor:
-    """SimCLR's colour jitter: four adjustments in an order of each image's own. pixels: b 3 h w in [0, 1]; apply: b;
-    u_factors, u_order: b 4 (the last three on the CPU: which rows a step takes is known without asking the device)."""
-    spread, middle = strength * torch.tensor([0.8, 0.8, 0.8, 0.2]), torch.tensor([1.0, 1.0, 1.0, 0.0])
-    low = torch.where(middle > 0, (middle - spread).clamp(min=0), -spread)
-    factors = (low + u_factors * (middle + spread - low)).to(pixels.device)[..., None, None, None]
-    for kinds in u_order.argsort(dim=1).T:  # every image's first adjustment, then every image's second, ...
-        for kind, operation in enumerate(COLOR_OPERATIONS):
-            rows = (apply & (kinds == kind)).nonzero()[:, 0].to(pixels.device)
-            pixels[rows] = operation(pixels[rows], factors[rows, kind])
-    return pixels
 
-def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
-    """Blur by a Gaussian, a matrix product per axis; weights that fall outside are left out. sigma: b, in pixels."""
-    place = torch.arange(pixels.shape[-1], device=pixels.device)
-    exponent = -0.5 * ((place[:, None] - place) / sigma[:, None, None]) ** 2
-    # Weights below 2e-9 are dropped: further out they are denormal numbers, which a CPU multiplies 100 times slower.
-    weights = exponent.masked_fill(exponent < -20, -math.inf).softmax(dim=-1)[:, None]
-    return weights @ pixels @ weights.transpose(-1, -2)
+def dots(u, v, noise):
+    dark = 0.9  # the larger, the smaller the bright dots
+    return np.tanh(4 * (np.cos(u) + np.cos(v) - dark))
 
-def draw_views(batch: int, views: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """All uniform numbers that the views of a batch need: name -> v b count."""
-    return {name: torch.rand(views, batch, count, generator=generator) for name, count in DRAWS.items()}
 
-def views_of_one_size(batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size: int, scale: tuple) -> Tensor:
-    """v views of each image as the network sees them. draws: name -> (v b) count (on the CPU) -> (v b) 3 size size."""
-    boxes = crop_boxes(draws["crop"], batch.sizes.repeat(len(draws["crop"]) // len(batch.sizes), 1), scale)
-    pixels = crop_and_resize(batch.images, boxes, draws["flip"][:, 0] < config.flip, size)
-    if config.color_jitter > 0:
-        apply = draws["jitter"][:, 0] < config.jitter
-        pixels = color_jitter(pixels, config.color_jitter, apply, draws["factors"], draws["order"])
-    if len(grey := (draws["grey"][:, 0] < config.grey).nonzero()[:, 0].to(pixels.device)):
-        pixels[grey] = to_grey(pixels[grey]).expand(-1, 3, -1, -1)
-    if len(blurred := (draws["blur"][:, 0] < config.blur).nonzero()[:, 0]):
-        low, high = config.blur_sigma
-        sigma, blurred = (x.to(pixels.device) for x in (low + (high - low) * draws["blur"][blurred, 1], blurred))
-        pixels[blurred] = gaussian_blur(pixels[blurred], sigma)
-    return normalize(pixels)
+def waves(u, v, noise):
+    swing, length = 1.5, 1.5
+    return np.tanh(3 * np.sin(u + swing * np.sin(v / length)))
 
-class Views(NamedTuple):
-    """What the two encoders see of a batch."""
-    target_view: Tensor  # b c height width
-    anchor_views: list[Tensor]  # v tensors b c height width: random views, then focal views
-    patches_to_keep: list[Tensor | None]  # of each anchor view: b r, or None for all
 
-def make_views(batch: Batch, config: TrainConfig, step: int, rows: slice) -> Views:
-    """Target and anchor views (random, then focal), patches to keep of each anchor: functions of images, seed, step."""
-    whole, focal = slice(0, 1 + config.random_views), slice(1 + config.random_views, None)
-    kinds = [(whole, config.image_size, config.crop_scale), (focal, config.focal_size, config.focal_scale)]
-    count = 1 + config.random_views + config.focal_views
-    draws, views = draw_views(config.batch_size, count, generator_for(config.seed, VIEWS, step)), []
-    if config.anchor_view != "own":  # paper, table 9: the anchor is the target's own view, perhaps in other colours
-        for name in draws if config.anchor_view == "target" else ("crop", "flip", "grey", "blur"):
-            draws[name][1:1 + config.random_views] = draws[name][:1]
-    for which, size, scale in kinds if config.focal_views else kinds[:1]:
-        own = {name: u[which, rows].flatten(0, 1) for name, u in draws.items()}
-        views += views_of_one_size(batch, own, config, size, scale).split(len(batch.images))
-    generator, patches = generator_for(config.seed, MASKS, step), (config.image_size // config.patch_size) ** 2
-    masks = [sample_patches_to_keep(config.batch_size, patches, config.mask_ratio, generator)[rows]
-             for _ in range(config.random_views)]
-    masks = [mask.to(batch.images.device, non_blocking=True) for mask in masks]
-    return Views(views[0], views[1:], masks + [None] * config.focal_views)
+def honeycomb(u, v, noise):
+    bright = 0.3
+    three_directions = np.cos(u) + np.cos(-u / 2 + v * SIN_60) + np.cos(-u / 2 - v * SIN_60)
+    return np.tanh(3 * (three_directions + bright))
 
-# ---- Schedules (Appendix A.1) ----------------------------------------------------------------------------------------
-StepValues = namedtuple("StepValues", "lr weight_decay momentum sharpening")  # what they say for one step
 
-def linear(step: float, total_steps: float, start: float, final: float) -> float:
-    """From start, exact at step 0, to final at total_steps."""
-    return start + (final - start) * step / total_steps
+def bricks(u, v, noise):
+    length = 1.2  # of a brick
+    odd_row = np.floor(v / np.pi) % 2  # those are shifted by half a brick
+    joint_below = np.cos(v * 2) > 0.75
+    joint_beside = np.cos(u / length + np.pi * odd_row) > 0.9
+    return 1 - 2.0 * (joint_below | joint_beside)
 
-def cosine(step: float, total_steps: float, start: float, final: float) -> float:
-    """Half a cosine from start at step 0 to final at total_steps; does not turn back after that."""
-    return final + (start - final) * (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2
 
-def warmup_cosine(step: float, warmup_steps: int, total_steps: int, start: float, peak: float, final: float) -> float:
-    """Linear from start to peak in warmup_steps, then a cosine to final at total_steps."""
-    if step < warmup_steps:
-        return linear(step, warmup_steps, start, peak)
-    return cosine(step - warmup_steps, max(1, total_steps - warmup_steps), peak, final)
+def zigzag(u, v, noise):
+    swing, length = 2.2, 1.6
+    triangle_wave = np.arcsin(np.sin(v / length))
+    return np.tanh(3 * np.sin(u + swing * triangle_wave))
 
-def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepValues:
-    """A pure function of the step (from 0). As published, learning rate and weight decay are advanced before they are
-    used, momentum and sharpening after, and all are laid out over `schedule_stretch` times the run."""
-    stretched = config.schedule_stretch * steps_per_epoch * config.epochs
-    warmup = int(config.warmup_epochs * steps_per_epoch)
-    return StepValues(lr=warmup_cosine(step + 1, warmup, int(stretched), config.start_lr, config.lr, config.final_lr),
-                      weight_decay=cosine(step + 1, int(stretched), config.weight_decay, config.final_weight_decay),
-                      momentum=linear(step, stretched, config.momentum, config.final_momentum),
-                      sharpening=linear(step, stretched, config.sharpening, config.final_sharpening))
 
-# ---- Many processes: all that knows of torch.distributed; one process needs none of it -------------------------------
-TIMEOUT = timedelta(minutes=20)  # how long processes wait for one another: the first one evaluates by itself
+def rings(u, v, noise):
+    cell, density = 2.5, 2.2  # sets of rings stand side by side in square cells
+    x = (u / cell) % TAU - np.pi
+    y = (v / cell) % TAU - np.pi
+    return np.tanh(3 * np.sin(density * np.hypot(x, y)))
 
-class AllReduce(torch.autograd.Function):
-    """Over all processes, for msn_loss: "sum", whose gradient is the sum of all, or "max" (of a detached x)."""
+
+def blobs(u, v, noise):
+    return np.tanh(2 * noise(1.5))
+
+
+def grain(u, v, noise):
+    return np.tanh(2 * noise(0.3))
+
+
+TEXTURES = (stripes, checks, dots, waves, honeycomb, bricks, zigzag, rings, blobs, grain)
+PERIODS = (5, 9)  # pixels, from stripe to stripe
+BEND = 1.5  # pixels: by how much a texture is bent, so that no two images match pixel by pixel
+BEND_WIDTH = 5  # pixels: how smoothly
+CONTRASTS = (0.4, 1)
+BRIGHTNESS = 30  # greys up and down
+PIXEL_NOISE = 6  # greys
+MIDDLE_GREY = 127.5
+GREYS_PER_DEVIATION = 60
+
+
+def smooth_noise(count: int, size: int, width: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise blurred by `width` pixels, of deviation 1. -> count size size."""
+    frequency = np.fft.fftfreq(size)
+    squared = frequency[:, None] ** 2 + frequency**2
+    blur = np.exp(-2 * (np.pi * width) ** 2 * squared)  # the Fourier transform of a Gaussian
+    spectrum = np.fft.fft2(rng.standard_normal((count, size, size))) * blur
+    noise = np.fft.ifft2(spectrum).real
+    return noise / noise.std(axis=(1, 2), keepdims=True)
+
+
+def draw_texture(texture: Callable, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Images of one texture, each with its own turn, period, place, bends. -> count size size."""
+    one_each = (count, 1, 1)
+    turn = rng.uniform(0, TAU, one_each)
+    period = rng.uniform(*PERIODS, one_each)
+
+    y, x = np.mgrid[:size, :size]
+    x = x + BEND * smooth_noise(count, size, BEND_WIDTH, rng)
+    y = y + BEND * smooth_noise(count, size, BEND_WIDTH, rng)
+    along = np.cos(turn) * x + np.sin(turn) * y
+    across = -np.sin(turn) * x + np.cos(turn) * y
+    u = TAU * along / period + rng.uniform(0, TAU, one_each)
+    v = TAU * across / period + rng.uniform(0, TAU, one_each)
+
+    def noise(width: float) -> np.ndarray:
+        return smooth_noise(count, size, width, rng)
+
+    return texture(u, v, noise)
+
+
+def synthetic_images(seed: int, train: int = 4000, val: int = 1000, size: int = 32) -> Images:
+    """The built-in data set: the class of an image is the kind of its texture.
+
+    That is what any two crops of an image have in common. Place, turn, period and contrast are not,
+    so raw pixels say little. (In colour, colour tells images apart, and the method learns that.)
+    """
+    rng = np.random.default_rng([seed, IMAGES])
+    count = train + val
+    labels = torch.arange(count) % len(TEXTURES)
+    pixels = np.empty((count, size, size), np.float32)
+    for label, texture in enumerate(TEXTURES):
+        members = slice(label, None, len(TEXTURES))
+        pixels[members] = draw_texture(texture, len(labels[members]), size, rng)
+
+    # Neither brightness nor contrast may give the kind away.
+    pixels -= pixels.mean(axis=(1, 2), keepdims=True)
+    pixels /= pixels.std(axis=(1, 2), keepdims=True)
+    one_each = (count, 1, 1)
+    contrast = rng.uniform(*CONTRASTS, one_each) * rng.choice([-1, 1], one_each)
+    brightness = rng.uniform(-BRIGHTNESS, BRIGHTNESS, one_each)
+    pixel_noise = rng.normal(0, PIXEL_NOISE, pixels.shape)
+    pixels = MIDDLE_GREY + GREYS_PER_DEVIATION * contrast * pixels + brightness + pixel_noise
+
+    grey = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))[:, None]
+    images = grey.repeat(1, 3, 1, 1)
+    return Images(
+        classes=[texture.__name__ for texture in TEXTURES],
+        train=ImagesInMemory(images[:train]),
+        train_labels=labels[:train],
+        val=ImagesInMemory(images[train:]),
+        val_labels=labels[train:],
+    )
+
+
+# ---- CIFAR-10: its files are pickles, which may call any function; here they call none -----------
+class PickledArray:
+    """Keeps what a pickle would hand to numpy, which trusts it: it makes arrays at any address."""
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class CifarUnpickler(pickle.Unpickler):
+    """Whatever function a pickle wants to call, a PickledArray comes out, and nothing is run."""
+
+    def find_class(self, module, name):
+        def instead(*arguments):
+            return PickledArray()
+
+        return instead
+
+
+def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
+    """One of the original batches -> images n 3 32 32 (uint8), labels n. Raises ValueError if it is
+    none."""
+    try:
+        content = CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        _, shape, _, _, pixels = content[b"data"].state  # as numpy pickles an array
+        flat_labels = bytes([*content[b"labels"]])  # bytes() takes nothing but small numbers
+        labels = torch.tensor(list(flat_labels))
+        if shape != (len(labels), 3 * 32 * 32) or labels.max() > 9:
+            raise ValueError(f"data is {shape} with {len(labels)} labels")
+        images = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)
+        return torch.tensor(images), labels
+    except Exception as error:  # an unpickler fed with garbage raises every kind there is
+        raise ValueError(f"{path} is no CIFAR-10 python batch: {error}") from None
+
+
+def cifar10_images(data_dir: Path) -> Images:
+    """The data_batch_* files that are there, here or in cifar-10-batches-py/; if there are none,
+    the archive is downloaded, checked and unpacked."""
+    pattern = "data_batch_[1-5]"
+    for folder in (data_dir, data_dir / "cifar-10-batches-py"):
+        if any(folder.glob(pattern)):
+            break
+    else:
+        folder = download_cifar10(data_dir)
+
+    images = []
+    labels = []
+    for path in sorted(folder.glob(pattern)):
+        batch_images, batch_labels = read_cifar_batch(path)
+        images.append(batch_images)
+        labels.append(batch_labels)
+    val_images, val_labels = read_cifar_batch(folder / "test_batch")
+    train = ImagesInMemory(torch.cat(images))
+    return Images(CIFAR10_CLASSES, train, torch.cat(labels), ImagesInMemory(val_images), val_labels)
+
+
+def download_cifar10(data_dir: Path) -> Path:
+    """Fetch the archive from the authors' page and unpack it into data_dir. Raises ValueError if it
+    is not the published one."""
+    print(f"downloading {CIFAR10_URL} (163 MiB)", flush=True)
+    with urllib.request.urlopen(CIFAR10_URL, timeout=60) as response:
+        archive = response.read()
+    if hashlib.sha256(archive).hexdigest() != CIFAR10_SHA256:
+        raise ValueError(
+            f"{CIFAR10_URL} is not the published file (its SHA-256 differs); nothing was unpacked."
+        )
+    folder = data_dir / "cifar-10-batches-py"
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for member in tar:
+            if member.isfile():  # written whole: the processes of one job may all do so at once
+                content = tar.extractfile(member).read()
+                write_file(folder / Path(member.name).name, content)  # never outside of the folder
+    return folder
+
+
+# ---- Evaluation: k nearest neighbours of frozen features -----------------------------------------
+@torch.no_grad()
+def embed_images(
+    encoder: ViTMSNModel | None,
+    images: Dataset,
+    indices: list[int],
+    size: int,
+    device: torch.device,
+    batch_size: int = 256,
+) -> tuple[Tensor, list[int]]:
+    """Features of images, each squashed to `size`: the class token before the final norm.
+
+    encoder None: the pixels themselves. Returns features (n d, float32, on the CPU) and which
+    images they are of: unreadable ones are left out.
+    """
+    module = encoder or nn.Identity()
+    was_training = module.training
+    module.eval()
+    features = []
+    kept = []
+    for first in range(0, len(indices), batch_size):
+        wanted = indices[first : first + batch_size]
+        batch = images.__getitems__(wanted)
+        readable = [place for place, i in enumerate(wanted) if batch.indices[place] == i]
+        pixels = normalize(squash(batch, size, device)[readable])
+        if encoder is None:
+            part = pixels.flatten(1)
+        else:
+            part = encoder.representation(pixels, interpolate_pos_encoding=True)
+        features.append(part.float().cpu())
+        kept += [wanted[place] for place in readable]
+    module.train(was_training)
+    return torch.cat(features), kept
+
+
+def squash(batch: Batch, size: int, device: torch.device) -> Tensor:
+    """Whole images resized to a square. -> b c size size, from 0 to 1.
+
+    Departure: the paper evaluates on the middle of an image, cut out after a resize that keeps its
+    shape. (preprocess in vitmsn.py has both.)
+    """
+    corner = torch.zeros_like(batch.sizes)
+    boxes = torch.cat([corner, batch.sizes], dim=1)
+    no_flip = torch.zeros(len(boxes), dtype=torch.bool)
+    return crop_and_resize(batch.images.to(device), boxes, no_flip, size)
+
+
+def spread(images: Dataset, count: int) -> list[int]:
+    """Indices of at most `count` images, evenly spaced."""
+    return torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
+
+
+def knn_predict(
+    bank: Tensor, bank_labels: Tensor, features: Tensor, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """The class of each feature, by a vote of the k nearest in the bank.
+
+    A vote weighs exp(cosine similarity / temperature).
+    bank: n d, bank_labels: n, features: m d -> m.
+    """
+    bank = F.normalize(bank, dim=-1)
+    features = F.normalize(features, dim=-1)
+    num_classes = int(bank_labels.max()) + 1
+    predicted = []
+    for queries in features.split(1024):
+        similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=-1)
+        # Less the largest: that changes no vote and keeps exp() finite at any temperature.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes = torch.zeros(len(queries), num_classes)
+        votes.scatter_add_(1, bank_labels[nearest], weights)
+        predicted.append(votes.argmax(dim=-1))
+    return torch.cat(predicted)
+
+
+def knn_accuracy(
+    encoder: ViTMSNModel | None, data: Images, config: TrainConfig, device: torch.device
+) -> float:
+    """Share of validation images that k-NN on 20,000 training images gets right.
+
+    encoder None: raw pixels, of at most 64 x 64 (those of the published recipes take 80 GiB).
+    """
+    size = config.image_size if encoder else min(config.image_size, 64)
+    train, train_kept = embed_images(encoder, data.train, spread(data.train, 20000), size, device)
+    val, val_kept = embed_images(encoder, data.val, list(range(len(data.val))), size, device)
+    predicted = knn_predict(train, data.train_labels[train_kept], val)
+    return (predicted == data.val_labels[val_kept]).float().mean().item()
+
+
+# ---- The run's folder: which one, settings, metrics, checkpoints ---------------------------------
+RUNS = Path("runs")
+LOSS_COLUMNS = ("loss", "cross_entropy", "memax", "entropy", "prototypes_used", "top_assignment")
+TIME_COLUMNS = ("images_per_second", "elapsed_seconds")
+METRICS = ("step", "epoch", *LOSS_COLUMNS, "grad_norm", *StepValues._fields, *TIME_COLUMNS)
+KNN_COLUMNS = ("step", "epoch", "accuracy")
+CHECKPOINT = {  # what one must hold
+    "target_encoder": dict,
+    "encoder": dict,
+    "prototypes": Tensor,
+    "optimizer": dict,
+    "step": int,
+    "elapsed": float,
+    "config": dict,
+}
+# Flags that a resumed run may change, because the result is the same.
+FREE_TO_CHANGE = {
+    "resume",
+    "output_dir",
+    "num_workers",
+    "max_steps",
+    "checkpoint_every",
+    "knn_every",
+    "cache_mb",
+}
+
+
+def run_number(folder: Path, recipe: str) -> int:
+    """The number of a folder named <recipe>-<number>; 0 for other names."""
+    name, _, number = folder.name.rpartition("-")
+    return int(number) if name == recipe and number.isdecimal() else 0
+
+
+def newest_run(recipe: str | None = None, with_checkpoint: bool = False) -> Path | None:
+    """The folder in runs/ that was written to last: the time of its checkpoint or, before the first
+    one, of its settings. None if there is none.
+
+    recipe: only <recipe>-<number>. with_checkpoint: only runs that have one.
+    """
+    times = {}
+    for folder in sorted(RUNS.glob("*")):
+        if recipe is not None and not run_number(folder, recipe):
+            continue
+        names = ["checkpoint.pt"] if with_checkpoint else ["checkpoint.pt", "config.json"]
+        found = [folder / name for name in names if (folder / name).is_file()]
+        if found:
+            times[folder] = found[0].stat().st_mtime
+    return max(times, key=times.get, default=None)
+
+
+def choose_folder(config: TrainConfig) -> Path:
+    """--output-dir, else the newest run of the recipe (--resume) or the next free number."""
+    if config.output_dir:
+        return Path(config.output_dir)
+    newest = newest_run(config.recipe) if config.resume else None
+    if newest is not None:
+        return newest
+    numbers = [run_number(folder, config.recipe) for folder in RUNS.glob("*")]
+    return RUNS / f"{config.recipe}-{max(numbers, default=0) + 1:03d}"
+
+
+def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
+    """Settings and checkpoint of a run in `folder`. Raises UsageError if that would overwrite a run
+    or contradict its settings."""
+    config = make_config(given)
+    settings_file = folder / "config.json"
+    if not config.resume and settings_file.exists():
+        raise UsageError(
+            f"{folder} holds a run; go on with it by --resume, or choose another --output-dir."
+        )
+    content = load_checkpoint(folder) if config.resume else None
+    if content is None and not settings_file.exists():
+        return config, None
+
+    saved = content["config"] if content else json.loads(settings_file.read_text())
+    saved = with_tuples(saved)
+    for name, value in given.items():
+        if name not in FREE_TO_CHANGE and value not in ("auto", saved.get(name)):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {value}: {folder} was started with {saved.get(name)}.")
+    free = {name: value for name, value in given.items() if name in FREE_TO_CHANGE}
+    settings = {**saved, "max_steps": 0, **free}
+    known = {f.name for f in fields(TrainConfig)}
+    settings = {name: value for name, value in settings.items() if name in known}
+    return TrainConfig(**settings), content
+
+
+def with_tuples(settings: dict) -> dict:
+    """Pairs as TrainConfig has them: JSON, checkpoints and argparse make lists of them."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+
+
+def announce(
+    config: TrainConfig, folder: Path, data: Images, model: ViTMSNForPreTraining, steps: range
+) -> None:
+    """Write the settings to config.json, and say in a few lines what is about to happen."""
+    may_exist = config.resume or bool(config.output_dir)  # else two runs could share a new folder
+    folder.mkdir(parents=True, exist_ok=may_exist)
+    (folder / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
+    write_file(folder / "config.json", json.dumps(asdict(config), indent=2).encode())
+
+    million_parameters = sum(p.numel() for p in model.anchor_encoder.parameters()) / 1e6
+    labels = "no labels"
+    if data.val:
+        labels = f"{len(data.val)} for validation, {len(data.classes)} classes"
+    print(
+        f"run folder {folder}: recipe {config.recipe}, seed {config.seed}; "
+        f"{steps.start} of {steps.stop} steps are done\n"
+        f"data {config.data}: {len(data.train)} training images, {labels}\n"
+        f"encoder and projection head: {million_parameters:.2f} M parameters; "
+        f"{config.precision} on {model.prototypes.device}",
+        flush=True,
+    )
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The whole lines of a CSV file, each by column name; none if it is not there. A last line that
+    was cut off is left out."""
+    if not path.is_file():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return list(csv.DictReader(io.StringIO(whole)))
+
+
+def open_table(path: Path, columns: tuple[str, ...], keep_before: int) -> TextIO:
+    """A CSV file to append to. Of a resumed run, lines of steps from keep_before on are dropped."""
+    lines = [",".join(columns)]
+    for line in read_table(path):
+        if int(line["step"]) < keep_before:
+            lines.append(",".join(line.values()))
+    write_file(path, "".join(f"{line}\n" for line in lines).encode())
+    return open(path, "a", buffering=1, encoding="utf-8")  # each line is written at once
+
+
+def metrics_of(loss: MSNLoss, grad_norm: Tensor, processes: "Processes") -> dict[str, float]:
+    """What metrics.csv says of a step's loss: means over all processes, by column."""
+    values = {
+        "loss": loss.loss,
+        "cross_entropy": loss.cross_entropy,
+        "memax": loss.memax,
+        "entropy": loss.entropy,
+        "top_assignment": loss.top_assignment,
+        "grad_norm": grad_norm,
+    }
+    means = mean_over_processes(values, processes)
+    return {**means, "prototypes_used": loss.prototypes_used.item()}  # counted over all already
+
+
+class Record:
+    """What a run says of its progress: metrics.csv, knn.csv, and lines on the terminal."""
+
+    def __init__(self, folder: Path, config: TrainConfig, steps: range, elapsed: float):
+        self.last_step = steps.stop
+        self.batch_size = config.batch_size
+        self.live = sys.stdout.isatty()
+        self.pause = 0.5 if self.live else 20  # seconds between lines
+        metrics = open_table(folder / "metrics.csv", METRICS, steps.start)
+        knn = open_table(folder / "knn.csv", KNN_COLUMNS, steps.start + 1)
+        self.metrics = csv.DictWriter(metrics, METRICS, lineterminator="\n")
+        self.knn = csv.DictWriter(knn, KNN_COLUMNS, lineterminator="\n")
+
+        now = time.perf_counter()
+        self.start = now - elapsed  # as if the run had never been interrupted
+        self.step_start = now
+        self.shown = now  # when the last line was
+
+    def elapsed(self) -> float:
+        """Seconds of training, over all resumptions."""
+        return time.perf_counter() - self.start
+
+    def step(self, step: int, epoch: float, metrics: dict[str, float], now: StepValues) -> None:
+        """Write down one step, and show it if it is the last one or time for a line."""
+        clock = time.perf_counter()
+        seconds = clock - self.step_start
+        self.step_start = clock
+        line = {"step": step, "epoch": epoch, **metrics, **now._asdict()}
+        line["images_per_second"] = self.batch_size / seconds
+        line["elapsed_seconds"] = clock - self.start
+        self.metrics.writerow(line)
+
+        if clock - self.shown >= self.pause or step + 1 >= self.last_step:
+            self.shown = clock
+            self.show(line)
+
+    def show(self, line: dict[str, float]) -> None:
+        """Print a line of metrics.csv for people: on a terminal in place of the one before."""
+        done = line["step"] + 1
+        seconds_per_step = line["elapsed_seconds"] / done
+        seconds_left = round(seconds_per_step * (self.last_step - done))
+        text = (
+            f"step {done}/{self.last_step}  epoch {line['epoch']:.1f}  loss {line['loss']:.3f}  "
+            f"cross-entropy {line['cross_entropy']:.3f}  me-max {line['memax']:.3f}  "
+            f"prototypes {line['prototypes_used']}  lr {line['lr']:.1e}  "
+            f"{self.batch_size / seconds_per_step:.0f} images/s  "
+            f"{timedelta(seconds=seconds_left)} left"
+        )
+        if not self.live:
+            print(text, flush=True)
+            return
+        erase_line = "\r\033[K"
+        end = "" if done < self.last_step else "\n"
+        print(erase_line + text, end=end, flush=True)
+
+    def evaluation(self, step: int, epoch: float, accuracy: float) -> None:
+        self.knn.writerow({"step": step, "epoch": epoch, "accuracy": accuracy})
+        new_line = "\n" if self.live else ""
+        print(f"{new_line}epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}", flush=True)
+
+
+def save_checkpoint(
+    folder: Path,
+    model: ViTMSNForPreTraining,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    step: int,
+    elapsed: float,
+) -> None:
+    """Write all that resuming needs; the checkpoint before it stays as checkpoint-previous.pt.
+
+    No state of random generators is among it: every draw is a function of seed and step. Encoders
+    are stored as in the original release: what reads vits16_800ep.pth.tar reads this.
+    """
+    channels = model.config.num_channels
+    content = {
+        "target_encoder": to_original(model.target_encoder.state_dict(), channels),
+        "encoder": to_original(model.anchor_encoder.state_dict(), channels),
+        "prototypes": model.prototypes.detach(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "elapsed": elapsed,
+        "config": asdict(config),
+        "model_config": model.config.to_dict(),
+    }
+    newest = folder / "checkpoint-next.pt"
+    last = folder / "checkpoint.pt"
+    write_file(newest, lambda file: torch.save(content, file))
+    if last.is_file():
+        os.replace(last, folder / "checkpoint-previous.pt")
+    os.replace(newest, last)
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The newest whole checkpoint of a run, None if there is none. A damaged one is named, and the
+    one before it taken. Raises ValueError if all are damaged."""
+    names = ("checkpoint-next.pt", "checkpoint.pt", "checkpoint-previous.pt")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    for path in found:
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            print(f"{error} Trying the checkpoint before it.", file=sys.stderr, flush=True)
+    if found:
+        raise ValueError(f"no checkpoint in {folder} can be read; start again in another folder.")
+    print(f"there is no checkpoint in {folder}: starting from the beginning", flush=True)
+    return None
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The content of a file by save_checkpoint. Raises ValueError if it is none or damaged."""
+    content = read_tensors(path)
+    wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise ValueError(
+            f"{path} is no checkpoint of train_msn.py: {', '.join(wrong)} missing or wrong."
+        )
+    return content
+
+
+def restore(content: dict, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's content back. Raises ValueError if it is of another architecture or not
+    finite."""
+    try:
+        restore_weights(content, model)
+        state = {**optimizer.state_dict(), "state": content["optimizer"]["state"]}
+        optimizer.load_state_dict(state)
+        check_optimizer_state(optimizer)
+    except Exception as error:  # what is in it may be of any kind
+        raise ValueError(f"the checkpoint does not fit these settings: {error}") from None
+
+
+def restore_weights(content: dict, model: ViTMSNForPreTraining) -> None:
+    """Encoders and prototypes of a checkpoint. load_state_dict checks names and shapes."""
+    weights = {"prototypes": content["prototypes"]}
+    for name, value in from_original(content["target_encoder"]).items():
+        weights[f"target_encoder.{name}"] = value
+    for name, value in from_original(content["encoder"]).items():
+        weights[f"anchor_encoder.{name}"] = value
+    model.load_state_dict(weights)
+    for name, value in model.state_dict().items():
+        check_tensor(name, value, value.shape)
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError unless each parameter that learns has AdamW's three tensors."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                continue
+            state = optimizer.state[parameter]
+            check_tensor("exp_avg", state["exp_avg"], parameter.shape)
+            check_tensor("exp_avg_sq", state["exp_avg_sq"], parameter.shape, least=0)
+            check_tensor("step", state["step"], (), least=0)
+
+
+def check_tensor(name: str, value: Tensor, shape: tuple, least: float = -math.inf) -> None:
+    """Raise ValueError if a tensor is of another shape, not finite, or somewhere below `least`."""
+    if value.shape != shape or not torch.isfinite(value).all() or value.min() < least:
+        raise ValueError(
+            f"{name} is not finite, negative, or of shape {tuple(value.shape)}, not {tuple(shape)}"
+        )
+
+
+def finish_run(
+    folder: Path,
+    model: ViTMSNForPreTraining,
+    data: Images,
+    config: TrainConfig,
+    step: int,
+    elapsed: float,
+) -> None:
+    """Write the encoder as a folder that transformers loads, the pictures, and summary.json with a
+    comparison: what does k-NN get right without any training?"""
+    device = model.prototypes.device
+    save_encoder(folder / "encoder", model, config)
+    encoder = model.target_encoder
+    save_neighbours(folder / "neighbours.png", encoder, data, config.image_size, device)
+    save_curves(folder)
+
+    summary = {"step": step, "minutes": round(elapsed / 60, 2)}
+    alone = Processes(0, 1, device)  # no other process takes part in this
+    other = build_model(replace(config, init_from=""), alone)
+    if data.val is not None:
+        candidates = {
+            "target encoder": encoder,
+            "untrained encoder": other.target_encoder,
+            "raw pixels": None,
+        }
+        for name, candidate in candidates.items():
+            summary[name] = round(knn_accuracy(candidate, data, config, device), 4)
+            print(f"k-NN accuracy, {name + ':':<19} {summary[name]:.3f}", flush=True)
+
+    # The trained weights in a model of one process: batch norm in the projection head of `model`
+    # would wait for the other processes.
+    other.load_state_dict(model.state_dict())
+    encoder = other.target_encoder
+    path = folder / "prototypes.png"
+    save_neighbours(path, encoder, data, config.image_size, device, other.prototypes)
+    write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    print(f"done in {summary['minutes']} minutes: {folder}/encoder, pictures *.png", flush=True)
+
+
+def save_encoder(folder: Path, model: ViTMSNForPreTraining, config: TrainConfig) -> None:
+    """The target encoder without its projection head, as a folder that transformers loads."""
+    weights = model.target_encoder.state_dict()
+    encoder = ViTMSNModel(config.model_config())
+    encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
+    encoder.save_pretrained(folder)
+
+
+# ---- Many processes: all that knows of torch.distributed; one process needs none of it -----------
+TIMEOUT = timedelta(minutes=20)  # how long processes wait for one another: the first one evaluates
+
+
+class AllProcesses(torch.autograd.Function):
+    """The sum or the largest over all processes, for msn_loss. op: "sum", whose gradient is the sum
+    of all processes' gradients, or "max", of a detached x."""
+
     @staticmethod
     def forward(ctx, x: Tensor, op: str) -> Tensor:
         x = x.contiguous().clone()
@@ -601,453 +1717,457 @@ class AllReduce(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return all_processes(grad, "sum"), None
 
-all_processes = AllReduce.apply
+
+all_processes = AllProcesses.apply
+
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
-    """Batch norm, always of the batch of all processes: for training only (torch's own refuses the CPU). x: rows d."""
+    """Batch norm by the statistics of the batch of all processes, for training only. x: b d.
+
+    (torch's own, SyncBatchNorm, refuses the CPU.)
+    """
+
     def forward(self, x: Tensor) -> Tensor:
-        rows, rank, world = x.to(self.weight.dtype), dist.get_rank(), dist.get_world_size()
-        mine = torch.stack(torch.var_mean(rows, dim=0, correction=0))
-        # Each process fills its own place, so that one reduction brings all together.
-        variances, means = all_processes(F.pad(mine[None], (0, 0, 0, 0, rank, world - rank - 1)), "sum").unbind(dim=1)
-        mean, variance = means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)
+        rank = dist.get_rank()
+        count = dist.get_world_size()
+        values = x.to(self.weight.dtype)
+        mine = torch.stack(torch.var_mean(values, dim=0, correction=0))  # 2 d: variance, mean
+
+        # Each process fills its own place among zeros, so that one sum brings all together.
+        everyones = F.pad(mine[None], (0, 0, 0, 0, rank, count - rank - 1))  # processes 2 d
+        variances, means = all_processes(everyones, "sum").unbind(dim=1)
+        mean = means.mean(dim=0)
+        variance = variances.mean(dim=0) + means.var(dim=0, correction=0)
+
+        unbiased = variance.detach() / (1 - 1 / (count * len(x)))
         self.running_mean.lerp_(mean.detach(), self.momentum)
-        self.running_var.lerp_(variance.detach() / (1 - 1 / (world * len(x))), self.momentum)
+        self.running_var.lerp_(unbiased, self.momentum)
         self.num_batches_tracked += 1
-        return ((rows - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+        normalised = (values - mean) * (variance + self.eps).rsqrt()
+        return (normalised * self.weight + self.bias).to(x.dtype)
+
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of how many processes this is, on which device it computes, and what sums up over all of them."""
+    """Which of how many processes this is, on which device it computes, and what reduces (sums up,
+    or takes the largest) over all of them."""
+
     rank: int
     count: int
     device: torch.device
     reduce: Callable[[Tensor, str], Tensor] = one_process
 
+    @property
+    def is_first(self) -> bool:
+        """The first process alone writes files and prints progress."""
+        return self.rank == 0
+
+    def share_of(self, batch_size: int) -> slice:
+        """Which images of the global batch are this process's."""
+        size = batch_size // self.count
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model with gradients that are means over all processes."""
+        return nn.parallel.DistributedDataParallel(model) if self.count > 1 else model
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process. All processes must ask."""
+        number = torch.tensor(float(flag), device=self.device)
+        return bool(self.reduce(number, "max"))
+
+
+def mean_over_processes(values: dict[str, Tensor], processes: Processes) -> dict[str, float]:
+    """The mean of each scalar over all processes, by one reduction."""
+    mine = torch.stack(list(values.values())).detach()
+    means = processes.reduce(mine, "sum") / processes.count
+    return dict(zip(values, means.tolist(), strict=True))
+
+
 def start_processes(config: TrainConfig) -> Processes:
-    """Join the process group that torchrun describes in the environment; without torchrun, one process."""
-    count, rank, local = (int(os.environ.get(*name)) for name in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 0
+    """Join the process group that torchrun describes in the environment; without torchrun, one
+    process. Raises UsageError for devices and batch sizes that such processes can't have."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this machine
+    use_gpus = torch.cuda.is_available() and config.device != "cpu"
+    gpus = torch.cuda.device_count() if use_gpus else 0
+
     if config.device == "cuda" and not gpus:
-        raise UsageError("device='cuda' but torch sees no CUDA device (GPU); use --device cpu or a CUDA build.")
+        raise UsageError(
+            "device='cuda' but torch sees no CUDA device (GPU); use --device cpu or a CUDA build."
+        )
     if config.batch_size % count or config.batch_size // count < 2:
-        raise UsageError(f"batch_size={config.batch_size} is no even share, of 2 images or more, for each of {count} "
-                         f"processes; use {max(2, math.ceil(config.batch_size / count)) * count}.")
+        good = max(2, math.ceil(config.batch_size / count)) * count
+        raise UsageError(
+            f"batch_size={config.batch_size} is no even share, of 2 images or more, for each of "
+            f"{count} processes; use {good}."
+        )
+    if gpus and local_rank >= gpus:
+        raise UsageError(
+            f"process {local_rank} has no GPU ({gpus} are here); start fewer, or use --device cpu."
+        )
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
-        if local >= gpus:
-            raise UsageError(f"process {local} has no GPU ({gpus} are here); start fewer, or use --device cpu.")
-        torch.cuda.set_device(local)
-    if count > 1:
-        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # When torchrun starts workers again, its store still holds the addresses of those that died.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=count, timeout=TIMEOUT)
-    device = torch.device("cuda", local) if gpus else torch.device("cpu")
-    return Processes(rank, count, device, all_processes if count > 1 else one_process)
+        torch.cuda.set_device(local_rank)
+    if count == 1:
+        return Processes(rank, count, device)
+    join_process_group(rank, count, backend="nccl" if gpus else "gloo")
+    return Processes(rank, count, device, all_processes)
 
-# ---- One training step -----------------------------------------------------------------------------------------------
-def choose_precision(wanted: str, device: torch.device) -> str:
-    """auto is bfloat16 where matrix products in it are fast: CUDA from Ampere on, CPUs with AMX."""
-    if wanted == "auto":
-        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-        fast = torch.cuda.get_device_capability(device)[0] >= 8 if device.type == "cuda" else amx
-        wanted = "bfloat16" if fast else "float32"
-    return wanted
 
-def build_model(config: TrainConfig, processes: Processes) -> ViTMSNForPreTraining:
-    """The Masked Siamese Network of these settings, its weights a function of the seed alone."""
-    torch.manual_seed(config.seed)
-    model = ViTMSNForPreTraining(
-        config.model_config(), config.head_hidden_size, config.output_dim, config.num_prototypes,
-        temperature=config.temperature, sharpening=config.sharpening, sinkhorn_iterations=config.sinkhorn_iterations,
-        memax_weight=config.memax_weight, prior_exponent=config.prior_exponent, all_reduce=processes.reduce)
-    if config.init_from:
-        new = model.load_pretrained(config.init_from)
-        print(f"starting from {config.init_from}; new are: {', '.join(new) or 'none'}", flush=True)
-    model.prototypes.requires_grad_(not config.freeze_prototypes)
-    # On a CPU the fused kernel's backward pass in bfloat16 takes 3 to 8 times as long as the written-out one.
-    slow = (processes.device.type, config.precision) == ("cpu", "bfloat16")
-    model.anchor_encoder.set_attn_implementation("eager" if slow else "sdpa")
-    if config.gradient_checkpointing:
-        model.anchor_encoder.gradient_checkpointing_enable()
-    for encoder in (model.anchor_encoder, model.target_encoder) if config.compile else ():
-        encoder.compile()
-    for module in model.modules():
-        if processes.count > 1 and isinstance(module, nn.BatchNorm1d):
-            module.__class__ = GlobalBatchNorm1d
-    return model.to(processes.device, torch.float64 if config.precision == "float64" else torch.float32).train()
+def join_process_group(rank: int, count: int, backend: str) -> None:
+    """Meet the other processes, where torchrun says, and wait until all are there."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # When torchrun starts workers again, its store still holds the addresses of those that died.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(restart, store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
 
-def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[dict]:
-    """For AdamW, as published: encoder parameters of two or more dimensions decay; biases, norms, prototypes do not."""
-    encoder = list(model.anchor_encoder.parameters())
-    return [{"params": [p for p in encoder if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in encoder if p.ndim < 2], "weight_decay": 0.0},
-            {"params": [model.prototypes], "weight_decay": 0.0}]
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, target_view: Tensor, anchor_views: list[Tensor],
-               patches_to_keep: list[Tensor | None], now: StepValues, clip_grad: float,
-               precision: str = "float32") -> tuple[MSNLoss, Tensor]:
-    """One update of anchor encoder, prototypes and target encoder -> terms of the loss, norm of the encoder's gradient.
-    Raises FloatingPointError, before any weight has changed, if the loss or a gradient is not finite."""
-    network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs the memory of the last gradients
-    with torch.autocast(target_view.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        loss = model(target_view, anchor_views, patches_to_keep, now.sharpening)
-    loss.loss.backward()
-    # As published, the prototypes' gradient is not part of the norm and is not clipped.
-    grad_norm = nn.utils.clip_grad_norm_(network.anchor_encoder.parameters(), clip_grad, foreach=True)
-    check = [loss.loss.detach(), grad_norm, *(g.abs().max() for g in [network.prototypes.grad] if g is not None)]
-    if not torch.isfinite(torch.stack(check)).all():  # here the host waits for the device
-        raise FloatingPointError(f"not finite: loss {loss.loss:.4g}, cross-entropy {loss.cross_entropy:.4g}, me-max "
-                                 f"{loss.memax:.4g}, gradient norm {grad_norm:.4g}")
-    for group in optimizer.param_groups:
-        group["lr"] = now.lr
-    optimizer.param_groups[0]["weight_decay"] = now.weight_decay  # the first group is the one that decays
-    optimizer.step()
-    network.update_target(now.momentum)
-    return loss, grad_norm
-
-# ---- Evaluation: k nearest neighbours of frozen features -------------------------------------------------------------
-@torch.no_grad()
-def embed_images(encoder: ViTMSNModel | None, images: Dataset, indices: list[int], size: int, device: torch.device,
-                 batch_size: int = 256) -> tuple[Tensor, list[int]]:
-    """Features of whole images squashed to `size`: the class token before the final norm, or (encoder None) raw pixels.
-    -> rows d, float32, on the CPU, and which images they are: unreadable ones are left out."""
-    features, kept, module = [], [], encoder or nn.Identity()
-    training = module.training
-    module.eval()
-    for wanted in (indices[first:first + batch_size] for first in range(0, len(indices), batch_size)):
-        batch = images.__getitems__(wanted)
-        right = [row for row, i in enumerate(wanted) if batch.indices[row] == i]
-        boxes = torch.cat([torch.zeros_like(batch.sizes), batch.sizes], dim=1)
-        whole = crop_and_resize(batch.images.to(device), boxes, torch.zeros(len(boxes), dtype=torch.bool), size)
-        pixels = normalize(whole[right])
-        state = pixels.flatten(1) if encoder is None else encoder.representation(pixels, interpolate_pos_encoding=True)
-        features.append(state.float().cpu())
-        kept += [wanted[row] for row in right]
-    module.train(training)
-    return torch.cat(features), kept
-
-def spread(images: Dataset, count: int) -> list[int]:
-    """Indices of at most `count` images, evenly spaced."""
-    return torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
-
-def knn_predict(bank: Tensor, bank_labels: Tensor, features: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """Class of each row by its k nearest rows in the bank: cosine similarity, votes weighted by exp(similarity / T).
-    bank: n d, bank_labels: n, features: m d -> m."""
-    bank, features = F.normalize(bank, dim=-1), F.normalize(features, dim=-1)
-    classes, predicted = int(bank_labels.max()) + 1, []
-    for rows in features.split(1024):
-        similarity, nearest = (rows @ bank.T).topk(min(k, len(bank)), dim=-1)
-        # Subtracting the row's maximum changes no vote and keeps exp() finite at any temperature.
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(rows), classes).scatter_add_(1, bank_labels[nearest], weights)
-        predicted.append(votes.argmax(dim=-1))
-    return torch.cat(predicted)
-
-def knn_accuracy(encoder: ViTMSNModel | None, data: Images, config: TrainConfig, device: torch.device) -> float:
-    """Share of validation images right by k-NN on 20,000 training images. encoder None: raw pixels, 64 x 64 at most."""
-    size = config.image_size if encoder else min(config.image_size, 64)  # the published recipes' would take 80 GiB
-    train, train_kept = embed_images(encoder, data.train, spread(data.train, 20000), size, device)
-    val, val_kept = embed_images(encoder, data.val, list(range(len(data.val))), size, device)
-    predicted = knn_predict(train, data.train_labels[train_kept], val)
-    return (predicted == data.val_labels[val_kept]).float().mean().item()
-
-# ---- The run's folder: settings, metrics, checkpoints ----------------------------------------------------------------
-METRICS = ("step", "epoch", "loss", "cross_entropy", "memax", "entropy", "prototypes_used", "top_assignment",
-           "grad_norm", *StepValues._fields, "images_per_second", "elapsed_seconds")
-CHECKPOINT = {"target_encoder": dict, "encoder": dict, "prototypes": Tensor, "optimizer": dict, "step": int,
-              "elapsed": float, "config": dict}
-
-def open_table(path: Path, columns: tuple[str, ...], keep_before: int) -> TextIO:
-    """A CSV file to which rows are printed; when a run is resumed, it loses those after the checkpoint."""
-    rows = [row.values() for row in read_table(path) if int(row["step"]) < keep_before]
-    write_file(path, "".join(",".join(row) + "\n" for row in (columns, *rows)).encode())
-    return open(path, "a", buffering=1, encoding="utf-8")  # a row is written at once
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a CSV file; none if it is not there. A last row that was cut off is left out."""
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.is_file() else ""
-    return list(csv.DictReader(io.StringIO(whole)))
-
-def save_checkpoint(folder: Path, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer, config: TrainConfig,
-                    step: int, elapsed: float) -> None:
-    """All that resuming needs: no state of random generators, as every draw is a function of seed and step. Encoders
-    are stored as in the original release: what reads vits16_800ep.pth.tar reads this. The checkpoint before stays."""
-    channels = model.config.num_channels
-    content = {"target_encoder": to_original(model.target_encoder.state_dict(), channels),
-               "encoder": to_original(model.anchor_encoder.state_dict(), channels),
-               "prototypes": model.prototypes.detach(), "optimizer": optimizer.state_dict(), "step": step,
-               "elapsed": elapsed, "config": asdict(config), "model_config": model.config.to_dict()}
-    newest, last = folder / "checkpoint-next.pt", folder / "checkpoint.pt"
-    write_file(newest, lambda file: torch.save(content, file))
-    if last.is_file():
-        os.replace(last, folder / "checkpoint-previous.pt")
-    os.replace(newest, last)
-
-def load_checkpoint(folder: Path) -> dict | None:
-    """The newest whole checkpoint of a run, None if there is none; a damaged one is named and the one before taken."""
-    names = ("checkpoint-next.pt", "checkpoint.pt", "checkpoint-previous.pt")
-    found = [folder / name for name in names if (folder / name).is_file()]
-    for path in found:
-        try:
-            content = read_tensors(path)
-            if wrong := [name for name, kind in CHECKPOINT.items() if not isinstance(content.get(name), kind)]:
-                raise ValueError(f"{path} is no checkpoint of train_msn.py: {', '.join(wrong)} missing or wrong.")
-            return content
-        except ValueError as error:
-            print(f"{error} Trying the checkpoint before it.", file=sys.stderr, flush=True)
-    if found:
-        raise ValueError(f"no checkpoint in {folder} can be read; start again in another folder.")
-    print(f"there is no checkpoint in {folder}: starting from the beginning", flush=True)
-
-def restore(content: dict, model: ViTMSNForPreTraining, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's content back. Raises ValueError if it is of another architecture or not finite."""
-    parts = {"target_encoder.": content["target_encoder"], "anchor_encoder.": content["encoder"]}
-    try:
-        weights = {part + name: v for part, state in parts.items() for name, v in from_original(state).items()}
-        model.load_state_dict({**weights, "prototypes": content["prototypes"]})
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
-        tensors = [(name, v, v.shape) for name, v in model.state_dict().items()]
-        for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
-            shapes = {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": ()}
-            tensors += [(name, optimizer.state[p][name], shape) for name, shape in shapes.items()]
-        for name, v, shape in tensors:
-            if v.shape != shape or not torch.isfinite(v).all() or (name in ("exp_avg_sq", "step") and v.min() < 0):
-                raise ValueError(f"{name} is not finite, negative, or of shape {tuple(v.shape)}, not {tuple(shape)}")
-    except Exception as error:  # what is in it may be of any kind
-        raise ValueError(f"the checkpoint does not fit these settings: {error}") from None
-
-def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
-    """Settings and checkpoint of a run in `folder`. Raises UsageError if that overwrites a run or contradicts it."""
-    config = make_config(given)
-    if not config.resume and (folder / "config.json").exists():
-        raise UsageError(f"{folder} holds a run; go on with it by --resume, or choose another --output-dir.")
-    content = load_checkpoint(folder) if config.resume else None
-    if content is None and not (folder / "config.json").exists():
-        return config, None
-    saved = content["config"] if content else json.loads((folder / "config.json").read_text())
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    for name, value in given.items():
-        if name not in FREE_TO_CHANGE and value not in ("auto", saved.get(name)):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: {folder} was started with {saved.get(name)}.")
-    settings = {**saved, "max_steps": 0, **{name: v for name, v in given.items() if name in FREE_TO_CHANGE}}
-    return TrainConfig(**{f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings}), content
-
-# ---- Pictures --------------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 COLORS = ("#1f5fa8", "#c8501e", "#2f8a4a", "#7a4fa0", "#8a6d1f", "#555555", "#c02070")
+GREY_FRAME = "#bbbbbb"
+GREY_TEXT = "#555555"
+DROPPED = np.uint8([255, 220, 180])  # a pale orange, for patches that the encoder does not see
 
-def to_picture(pixels: Tensor, keep: Tensor | None = None, patch_size: int = 1) -> np.ndarray:
-    """A normalised image as uint8, its dropped patches in a pale orange. pixels: 3 h w, keep: kept -> h w 3."""
-    std, mean = (pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_STD, IMAGENET_MEAN))
-    picture = ((pixels.float() * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
-    if keep is not None:
-        side = len(picture) // patch_size
-        kept = np.isin(np.arange(side * side), keep.cpu().numpy()).reshape(side, side, 1)
-        picture = np.where(kept.repeat(patch_size, 0).repeat(patch_size, 1), picture, np.uint8([255, 220, 180]))
-    return picture
+
+def to_picture(
+    pixels: Tensor, patches_to_keep: Tensor | None = None, patch_size: int = 1
+) -> np.ndarray:
+    """A normalised image as uint8, its dropped patches in a pale orange. pixels: 3 h w,
+    patches_to_keep: r, None for all -> h w 3."""
+    mean = pixels.new_tensor(IMAGENET_MEAN)[:, None, None]
+    std = pixels.new_tensor(IMAGENET_STD)[:, None, None]
+    colours = (pixels.float() * std + mean).clamp(0, 1) * 255
+    picture = colours.byte().permute(1, 2, 0).cpu().numpy()
+    if patches_to_keep is None:
+        return picture
+
+    side = len(picture) // patch_size
+    is_kept = np.isin(np.arange(side * side), patches_to_keep.cpu().numpy())
+    is_kept = is_kept.reshape(side, side, 1)
+    is_kept = is_kept.repeat(patch_size, 0).repeat(patch_size, 1)  # from patches to pixels
+    return np.where(is_kept, picture, DROPPED)
+
+
+def save_png(path: Path, sheet: Image.Image) -> None:
+    write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
+
 
 def save_sheet(path: Path, rows: list[list[np.ndarray]], header: list[str], cell: int = 96) -> None:
-    """A table of pictures, the columns named; those of a row at one scale, so a focal view is seen to be smaller."""
-    sheet = Image.new("RGB", (len(header) * (cell + 4), len(rows) * (cell + 4) + 16), "white")
+    """A table of pictures, the columns named. Pictures of one row are to one scale, so that a focal
+    view is seen to be smaller. cell: pixels, of the largest picture in each row."""
+    gap = 4
+    title_height = 16
+    pitch = cell + gap
+    sheet = Image.new("RGB", (len(header) * pitch, len(rows) * pitch + title_height), "white")
+    draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(header):
-        ImageDraw.Draw(sheet).text((column * (cell + 4) + 2, 2), title, fill="black")
+        draw.text((column * pitch + 2, 2), title, fill="black")
+
     for r, row in enumerate(rows):
         largest = max(max(picture.shape) for picture in row)
-        for c, image in enumerate(map(Image.fromarray, row)):
-            image = image.resize([max(1, s * cell // largest) for s in image.size], Image.Resampling.NEAREST)
-            sheet.paste(image, (c * (cell + 4), 16 + r * (cell + 4)))
-    write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
+        for column, picture in enumerate(row):
+            image = Image.fromarray(picture)
+            size = [max(1, side * cell // largest) for side in image.size]
+            image = image.resize(size, Image.Resampling.NEAREST)
+            sheet.paste(image, (column * pitch, title_height + r * pitch))
+    save_png(path, sheet)
+
 
 def save_views(path: Path, views: Views, config: TrainConfig) -> None:
-    """A sheet of what the network sees: for a few images the target view and the anchor views with their masks."""
-    rows = [[to_picture(view[b], None if mask is None else mask[b], config.patch_size)
-             for view, mask in zip([views.target_view, *views.anchor_views], [None, *views.patches_to_keep], strict=True)]
-            for b in range(min(6, len(views.target_view)))]
-    kinds = ["random view" if mask is not None else "focal view" for mask in views.patches_to_keep]
-    save_sheet(path, rows, ["target view", *kinds])
+    """A sheet of what the encoders see: for a few images the target view and the anchor views, with
+    their masks."""
+    header = ["target view"]
+    for keep in views.patches_to_keep:
+        header.append("focal view" if keep is None else "random view")
+
+    rows = []
+    for b in range(min(6, len(views.target_view))):
+        row = [to_picture(views.target_view[b])]
+        for view, keep in zip(views.anchor_views, views.patches_to_keep, strict=True):
+            row.append(to_picture(view[b], None if keep is None else keep[b], config.patch_size))
+        rows.append(row)
+    save_sheet(path, rows, header)
+
 
 @torch.no_grad()
-def save_neighbours(path: Path, encoder: ViTMSNModel, data: Images, size: int, device: torch.device,
-                    prototypes: Tensor | None = None) -> None:
-    """A sheet: the training images nearest to validation images (if any) or, given prototypes (k e), to those."""
-    features, kept = embed_images(encoder, data.train, spread(data.train, 2000), size, device)
+def save_neighbours(
+    path: Path,
+    encoder: ViTMSNModel,
+    data: Images,
+    size: int,
+    device: torch.device,
+    prototypes: Tensor | None = None,
+) -> None:
+    """A sheet of training images: those nearest to a few validation images (to training images, if
+    there are no others) or, given prototypes (k e), those nearest to a few of them."""
     if prototypes is None:
-        asked = data.val or data.train
-        queries, own = embed_images(encoder, asked, spread(asked, 8), size, device)
-        first = [[(asked, i)] for i in own]
+        header, rows = neighbours_of_images(encoder, data, size, device)
     else:
-        features = encoder.fc(encoder.norm(features.to(prototypes)))
-        choices = log_assign(features, prototypes, 1.0).argmax(dim=-1).bincount(minlength=len(prototypes))
-        queries = prototypes[choices.topk(min(8, len(choices))).indices]
-        first = [[]] * len(queries)
-    nearest = (F.normalize(queries, dim=-1) @ F.normalize(features, dim=-1).T).topk(min(7, len(kept)), dim=-1).indices
-    rows = [own + [(data.train, kept[j]) for j in near] for own, near in zip(first, nearest.tolist(), strict=True)]
-    rows = [[images.__getitems__([i]).images[0].permute(1, 2, 0).numpy() for images, i in row] for row in rows]
-    save_sheet(path, rows, ["query"] * len(first[0]) + [f"nearest {i + 1}" for i in range(nearest.shape[1])])
+        header, rows = neighbours_of_prototypes(encoder, data, size, device, prototypes)
+    save_sheet(path, rows, header)
 
-def save_plot(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], log_x: bool = False) -> None:
-    """Line plots side by side: panel title -> series name -> points (x, y)."""
-    width, height, pad = 360, 260, 48
-    scale = np.log10 if log_x else np.asarray
-    sheet = Image.new("RGB", (width * len(panels), height + 16 * max(map(len, panels.values()))), "white")
+
+def neighbours_of_images(
+    encoder: ViTMSNModel, data: Images, size: int, device: torch.device
+) -> tuple[list[str], list[list[np.ndarray]]]:
+    """Titles, and for each of eight images the image itself and its nearest training images."""
+    features, kept = embed_images(encoder, data.train, spread(data.train, 2000), size, device)
+    images = data.val or data.train
+    queries, query_indices = embed_images(encoder, images, spread(images, 8), size, device)
+
+    rows = []
+    for i, nearest in zip(query_indices, nearest_features(queries, features), strict=True):
+        neighbours = [picture_of(data.train, kept[place]) for place in nearest]
+        rows.append([picture_of(images, i), *neighbours])
+    return ["query", *(f"nearest {place}" for place in range(1, len(rows[0])))], rows
+
+
+def neighbours_of_prototypes(
+    encoder: ViTMSNModel, data: Images, size: int, device: torch.device, prototypes: Tensor
+) -> tuple[list[str], list[list[np.ndarray]]]:
+    """Titles, and for each of the eight prototypes that most images choose, its nearest images."""
+    features, kept = embed_images(encoder, data.train, spread(data.train, 2000), size, device)
+    projections = encoder.fc(encoder.norm(features.to(prototypes)))
+    choices = log_assign(projections, prototypes, 1.0).argmax(dim=-1)
+    popularity = choices.bincount(minlength=len(prototypes))
+    queries = prototypes[popularity.topk(min(8, len(prototypes))).indices]
+
+    rows = []
+    for nearest in nearest_features(queries, projections):
+        rows.append([picture_of(data.train, kept[place]) for place in nearest])
+    return [f"nearest {place}" for place in range(1, len(rows[0]) + 1)], rows
+
+
+def nearest_features(queries: Tensor, features: Tensor) -> list[list[int]]:
+    """For each query the places of the seven features most like it, by cosine. m d, n d -> m 7."""
+    similarity = F.normalize(queries, dim=-1) @ F.normalize(features, dim=-1).T
+    return similarity.topk(min(7, len(features)), dim=-1).indices.tolist()
+
+
+def picture_of(images: Dataset, i: int) -> np.ndarray:
+    """Image i of a data set, h w 3."""
+    return images.__getitems__([i]).images[0].permute(1, 2, 0).numpy()
+
+
+Curves = dict[str, list[tuple[float, float]]]  # name -> points (x, y)
+
+
+def save_plot(path: Path, panels: dict[str, Curves], log_x: bool = False) -> None:
+    """Line plots side by side: title -> curves."""
+    width, height, legend_line = 360, 260, 16
+    most_curves = max(len(curves) for curves in panels.values())
+    sheet = Image.new("RGB", (width * len(panels), height + legend_line * most_curves), "white")
     draw = ImageDraw.Draw(sheet)
-    for p, (title, series) in enumerate(panels.items()):
-        points = np.array([point for line in series.values() for point in line] or [(1, 0)], dtype=float)
-        x0, y0, x1, y1 = *points.min(axis=0), *points.max(axis=0)
-        y1 += y1 == y0  # a flat line is drawn at the bottom
-        left, top, right, bottom = box = (p * width + pad, 28, (p + 1) * width - 16, height - 28)
-        draw.rectangle(box, outline="#bbbbbb")
-        draw.text((left, 8), title, fill="black")
-        for x, y, at_x, at_y in ((x0, y0, left, bottom), (x1, y1, right, top)):
-            draw.text((p * width + 4, at_y - 6), f"{y:.3g}", fill="#555555")
-            draw.text((at_x - 12, bottom + 4), f"{x:g}", fill="#555555")
-        for s, (name, line) in enumerate(series.items()):
-            x, y = np.reshape(line, (-1, 2)).T
-            dots = [np.interp(scale(x), scale([x0, x1]), (left, right)), np.interp(y, (y0, y1), (bottom, top))]
-            draw.line(np.stack(dots, axis=1).ravel().tolist(), fill=COLORS[s % len(COLORS)], width=2)
-            draw.text((left, height - 8 + 16 * s), f"- {name}", fill=COLORS[s % len(COLORS)])
-    write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
+    for p, (title, curves) in enumerate(panels.items()):
+        box = Box(left=p * width + 48, top=28, right=(p + 1) * width - 16, bottom=height - 28)
+        draw_panel(draw, box, title, curves, log_x)
+        for number, name in enumerate(curves):
+            color = COLORS[number % len(COLORS)]
+            draw.text((box.left, height - 8 + legend_line * number), f"- {name}", fill=color)
+    save_png(path, sheet)
 
-def curve(table: list[dict[str, str]], column: str) -> list[tuple[int, float]]:
+
+class Box(NamedTuple):
+    """Where the curves of a panel go, in pixels."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def draw_panel(
+    draw: ImageDraw.ImageDraw, box: Box, title: str, curves: Curves, log_x: bool
+) -> None:
+    """A frame with its title, the ends of both axes, and the curves."""
+    points = []
+    for curve in curves.values():
+        points += curve
+    x_low, y_low = np.min(points or [(1, 0)], axis=0).astype(float)
+    x_high, y_high = np.max(points or [(1, 0)], axis=0).astype(float)
+    if y_high == y_low:
+        y_high += 1  # a flat line is drawn at the bottom
+
+    draw.rectangle(box, outline=GREY_FRAME)
+    draw.text((box.left, 8), title, fill="black")
+    for y, at_y in ((y_low, box.bottom), (y_high, box.top)):
+        draw.text((box.left - 44, at_y - 6), f"{y:.3g}", fill=GREY_TEXT)
+    for x, at_x in ((x_low, box.left), (x_high, box.right)):
+        draw.text((at_x - 12, box.bottom + 4), f"{x:g}", fill=GREY_TEXT)
+
+    scale = np.log10 if log_x else np.asarray
+    for number, curve in enumerate(curves.values()):
+        x, y = np.reshape(curve, (-1, 2)).T
+        at_x = np.interp(scale(x), scale([x_low, x_high]), (box.left, box.right))
+        at_y = np.interp(y, (y_low, y_high), (box.bottom, box.top))
+        dots = np.stack([at_x, at_y], axis=1).ravel().tolist()
+        draw.line(dots, fill=COLORS[number % len(COLORS)], width=2)
+
+
+def save_curves(folder: Path) -> None:
+    """curves.png of a run: loss, prototypes in use and k-NN accuracy against the step."""
+    metrics = read_table(folder / "metrics.csv")
+    knn = read_table(folder / "knn.csv")
+    terms = ("loss", "cross_entropy", "memax", "entropy")
+    panels = {
+        "loss": {name: curve_of(metrics, name) for name in terms},
+        "prototypes in use": {"prototypes_used": curve_of(metrics, "prototypes_used")},
+        "k-NN accuracy": {"target encoder": curve_of(knn, "accuracy")},
+    }
+    save_plot(folder / "curves.png", panels)
+
+
+def curve_of(table: list[dict[str, str]], column: str) -> list[tuple[float, float]]:
     """At most some 600 points of a table's column against the step."""
-    return [(int(row["step"]), float(row[column])) for row in table[::max(1, len(table) // 300)]]
+    every = max(1, len(table) // 300)
+    return [(int(line["step"]), float(line[column])) for line in table[::every]]
 
-# ---- The run ---------------------------------------------------------------------------------------------------------
-class Record:
-    """What a run says: metrics.csv and knn.csv, live progress on a terminal, a plain line now and then in a file."""
-    def __init__(self, folder: Path, config: TrainConfig, first_step: int, last_step: int, elapsed: float):
-        self.last, self.batch_size, self.live = last_step, config.batch_size, sys.stdout.isatty()
-        self.metrics = open_table(folder / "metrics.csv", METRICS, first_step)
-        self.knn = open_table(folder / "knn.csv", ("step", "epoch", "accuracy"), first_step + 1)
-        self.step_start = self.shown = time.perf_counter()
-        self.start = self.step_start - elapsed  # as if the run had never been interrupted
 
-    def step(self, step: int, epoch: float, terms: list[float], used: int, now: StepValues) -> None:
-        """A row for each step; a line twice a second on a terminal, every 20 seconds in a file, and for the last."""
-        clock, done = time.perf_counter(), step + 1
-        print(step, epoch, *terms[:4], used, *terms[4:], *now, self.batch_size / (clock - self.step_start),
-              clock - self.start, sep=",", file=self.metrics)
-        self.step_start = clock
-        if clock - self.shown < (0.5 if self.live else 20) and done < self.last:
-            return
-        self.shown, pace = clock, (clock - self.start) / done
-        line = (f"step {done}/{self.last}  epoch {epoch:.1f}  loss {terms[0]:.3f}  cross-entropy {terms[1]:.3f}  "
-                f"me-max {terms[2]:.3f}  prototypes {used}  lr {now.lr:.1e}  {self.batch_size / pace:.0f} images/s  "
-                f"{timedelta(seconds=round(pace * (self.last - done)))} left")
-        print(f"\r\033[K{line}" if self.live else line, end="" if self.live and done < self.last else "\n", flush=True)
+# ---- Command line --------------------------------------------------------------------------------
+class UsageError(ValueError):
+    """What the user asked for can't be done: one line on the terminal, exit status 2."""
 
-    def evaluation(self, step: int, epoch: float, accuracy: float) -> None:
-        print(step, epoch, accuracy, sep=",", file=self.knn)
-        print(f"{chr(10) if self.live else ''}epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}", flush=True)
 
-def announce(config: TrainConfig, folder: Path, data: Images, model: nn.Module, first: int, last: int) -> None:
-    """Write the settings to config.json, and say in a few lines what is about to happen."""
-    folder.mkdir(parents=True, exist_ok=config.resume or bool(config.output_dir))  # two runs never share a new folder
-    (folder / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
-    write_file(folder / "config.json", json.dumps(asdict(config), indent=2).encode())
-    parameters = sum(p.numel() for p in model.anchor_encoder.parameters()) / 1e6
-    labels = f"{len(data.val)} for validation, {len(data.classes)} classes" if data.val else "no labels"
-    print(f"run folder {folder}: recipe {config.recipe}, seed {config.seed}; {first} of {last} steps are done\n"
-          f"data {config.data}: {len(data.train)} training images, {labels}\nencoder and projection head: "
-          f"{parameters:.2f} M parameters; {config.precision} on {model.prototypes.device}", flush=True)
+def run_program(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
+    """Run a command line -> exit status. Errors are one line for people, unless --debug asks for
+    the traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        main([argument for argument in argv if argument != "--debug"])
+        return 0
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        one_line = " ".join(str(error).split())
+        print(f"error: {one_line or type(error).__name__}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
-def finish_run(folder: Path, model: ViTMSNForPreTraining, data: Images, config: TrainConfig, step: int, elapsed: float):
-    """The encoder as a folder that transformers loads, the pictures, and the comparison with what needs no training."""
-    encoder, device = ViTMSNModel(config.model_config()), model.prototypes.device
-    encoder.load_state_dict({k: v for k, v in model.target_encoder.state_dict().items() if not k.startswith("fc.")})
-    encoder.save_pretrained(folder / "encoder")
-    save_neighbours(folder / "neighbours.png", model.target_encoder, data, config.image_size, device)
-    metrics, knn = read_table(folder / "metrics.csv"), read_table(folder / "knn.csv")
-    save_plot(folder / "curves.png", {
-        "loss": {name: curve(metrics, name) for name in ("loss", "cross_entropy", "memax", "entropy")},
-        "prototypes in use": {"prototypes_used": curve(metrics, "prototypes_used")},
-        "k-NN accuracy": {"target encoder": curve(knn, "accuracy")}})
-    summary = {"step": step, "minutes": round(elapsed / 60, 2)}
-    alone = build_model(replace(config, init_from=""), Processes(0, 1, device))  # no other process takes part in it
-    if data.val is not None:
-        for name, candidate in (("target encoder", model.target_encoder), ("untrained encoder", alone.target_encoder),
-                                ("raw pixels", None)):
-            summary[name] = round(knn_accuracy(candidate, data, config, device), 4)
-            print(f"k-NN accuracy, {name + ':':<19} {summary[name]:.3f}", flush=True)
-    alone.load_state_dict(model.state_dict())
-    save_neighbours(folder / "prototypes.png", alone.target_encoder, data, config.image_size, device, alone.prototypes)
-    write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
-    print(f"done in {summary['minutes']} minutes: {folder}/encoder, pictures *.png", flush=True)
 
-def ignore_sigterm(worker: int) -> None:
-    """For a process that decodes images: a signal to the whole job must leave it at work until the step is done."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def check_settings(config: TrainConfig) -> None:
+    """Raise UsageError for values that are out of range or do not go together."""
+    for f in fields(config):
+        check_range(f, getattr(config, f.name))
 
-def train(config: TrainConfig, data: Images, folder: Path, content: dict | None, processes: Processes) -> None:
-    """The whole run: set up, loop, finish. content: the checkpoint from which it goes on, or None."""
-    share, steps_per_epoch = config.batch_size // processes.count, len(data.train) // config.batch_size
-    rows = slice(processes.rank * share, (processes.rank + 1) * share)  # of the global batch
-    chief, first_step = processes.rank == 0, content["step"] if content else 0
-    last_step = max(first_step, min(config.epochs * steps_per_epoch, config.max_steps or math.inf))
-    if content and first_step >= last_step and (folder / "summary.json").exists():
-        print(f"{folder} is finished ({first_step} steps); nothing to do", flush=True)
-        return
-    network = build_model(replace(config, init_from="") if content else config, processes)
-    optimizer = torch.optim.AdamW(parameter_groups(network, config.weight_decay), fused=True)  # rates: in train_step
-    if content:
-        restore(content, network, optimizer)
-    msn = nn.parallel.DistributedDataParallel(network) if processes.count > 1 else network
-    if chief:
-        announce(config, folder, data, network, first_step, last_step)
-        record = Record(folder, config, first_step, last_step, content["elapsed"] if content else 0.0)
-    received, unreadable = [], set()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first one stops after the step, a second one at once
-        signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
-    batches = step_batches(config, len(data.train), range(first_step, last_step), rows)
-    loader = DataLoader(data.train, batch_sampler=batches, collate_fn=Batch._make, num_workers=config.num_workers,
-                        worker_init_fn=ignore_sigterm)
-    for step, batch in enumerate(loader, first_step):
-        torch.manual_seed(generator_for(config.seed, DROPOUT, step, processes.rank).initial_seed())
-        views = make_views(batch._replace(images=batch.images.to(processes.device)), config, step, rows)
-        now, epoch = schedule_at(config, step, steps_per_epoch), (step + 1) / steps_per_epoch
-        try:
-            loss, norm = train_step(msn, optimizer, *views, now, config.clip_grad, config.precision)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {step}: {error}; the last checkpoint, if any, is in {folder}.") from None
-        terms = [*loss[:4], loss.top_assignment, norm, norm.new_tensor(len(received))]
-        *terms, signals = (processes.reduce(torch.stack(terms).detach(), "sum") / processes.count).tolist()
-        for path in sorted(set(batch.unreadable) - unreadable):
-            unreadable.add(path)
-            print(f"\n{path} is no readable image ({len(unreadable)} so far); the next stands in", file=sys.stderr)
-        if chief:
-            record.step(step, epoch, terms, loss.prototypes_used.item(), now)
-            if step == 0:
-                save_views(folder / "views.png", views, config)
-            if data.val is not None and config.knn_every and (step + 1) % (config.knn_every * steps_per_epoch) == 0:
-                record.evaluation(step + 1, epoch, knn_accuracy(network.target_encoder, data, config, processes.device))
-            if signals or step + 1 == last_step or (step + 1) % config.checkpoint_every == 0:
-                save_checkpoint(folder, network, optimizer, config, step + 1, time.perf_counter() - record.start)
-        if signals:
-            if chief:
-                print(f"\nstopped after step {step + 1}; go on by the same command with --resume --output-dir {folder}")
-            return
-    if chief:
-        finish_run(folder, network, data, config, last_step, time.perf_counter() - record.start)
+    if config.random_views + config.focal_views == 0:
+        raise UsageError("random_views and focal_views are both 0; give at least one anchor view.")
+    sizes = [config.image_size]
+    if config.focal_views:
+        sizes.append(config.focal_size)
+    for size in sizes:
+        if size % config.patch_size:
+            raise UsageError(
+                f"a view of {size} pixels is no whole patches; "
+                f"use a multiple of {config.patch_size}."
+            )
+    try:
+        config.model_config()
+        num_patches_to_keep((config.image_size // config.patch_size) ** 2, config.mask_ratio)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def check_range(f: Field, value) -> None:
+    """Raise UsageError if the value of a field is of another kind than that, or out of its range or
+    choices (see opt)."""
+    seen = f"{f.name}={value!r}"
+    is_pair = f.type is tuple
+    if not is_of_kind(value, f.type):
+        kind = "two numbers" if is_pair else f"of type {f.type.__name__}"
+        raise UsageError(f"{seen} must be {kind}.")
+
+    choices = f.metadata.get("choices")
+    if choices and value not in choices:
+        raise UsageError(f"{seen} is not known; use one of {', '.join(choices)}.")
+
+    if "range" in f.metadata:
+        low, high = f.metadata["range"]
+        numbers = value if is_pair else [value]
+        inside = all(low <= number <= high for number in numbers)  # NaN is not
+        if not inside or numbers[0] > numbers[-1]:
+            order = ", the lower one first" if is_pair else ""
+            raise UsageError(f"{seen} is out of range; use {low} to {high}{order}.")
+
+
+def is_of_kind(value, kind: type) -> bool:
+    """Whether a value is of a field's type. A float may be a whole number, a tuple is two numbers,
+    and True is no number."""
+    if kind is tuple:
+        is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+        return is_pair and all(type(number) in (int, float) for number in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, config_class: type, defaults: dict | None = None
+) -> None:
+    """One --flag for each field of a dataclass; those that are not given stay out of the result.
+
+    defaults: values by field name that the help text shows in place of the dataclass's own.
+    """
+    parser.usage = "%(prog)s [--flag value ...], see %(prog)s --help"
+    for f in fields(config_class):
+        default = (defaults or {}).get(f.name, f.default)
+        text = f"{f.metadata['help']} (default: {default})"
+        options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if f.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif f.type is tuple:
+            options |= {"type": float, "nargs": 2}
+        else:
+            options |= {"type": f.type, "choices": f.metadata.get("choices")}
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+
+
+def recipe_settings(recipe: str) -> dict:
+    """The values of a recipe, by field name."""
+    if recipe not in RECIPES:
+        raise UsageError(f"recipe={recipe!r} is not known; use one of {', '.join(RECIPES)}.")
+    return RECIPES[recipe]
+
+
+def make_config(given: dict) -> TrainConfig:
+    """The recipe's settings, changed by the flags that were given."""
+    recipe = given.get("recipe", "demo")
+    return TrainConfig(**{**recipe_settings(recipe), "recipe": recipe, **given})
+
+
+def parse_flags(argv: list[str]) -> dict:
+    """The flags that were given, by field name. --help shows the values of the recipe asked for."""
+    first_look = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    first_look.add_argument("--recipe", nargs="?", default="demo", const="demo")
+    recipe = first_look.parse_known_args(argv)[0].recipe
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser, TrainConfig, defaults=recipe_settings(recipe))
+    return with_tuples(vars(parser.parse_args(argv)))
+
 
 def main(argv: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, TrainConfig)
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
-    config = make_config(given)
-    folder = Path(config.output_dir)
-    if not config.output_dir:  # the newest of this recipe (--resume) or the next free number
-        numbers = [p.name.removeprefix(f"{config.recipe}-") for p in Path("runs").glob(f"{config.recipe}-*")]
-        last = max((int(n) for n in numbers if n.isdecimal()), default=0)
-        folder = Path("runs") / f"{config.recipe}-{max(last, 1) if config.resume else last + 1:03d}"
+    given = parse_flags(argv)
+    folder = choose_folder(make_config(given))
     config, content = settle(given, folder)
     processes = start_processes(config)
     config = replace(config, precision=choose_precision(config.precision, processes.device))
     data = open_data(config)
     if len(data.train) < config.batch_size:
-        raise UsageError(f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; lower it.")
+        raise UsageError(
+            f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; "
+            "lower it."
+        )
     train(config, data, folder, content, processes)
+
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

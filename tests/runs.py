@@ -1,10 +1,11 @@
-"""Tiny pretraining runs for the tests: pictures, flags, and what a finished run leaves behind."""
+"""Tiny pictures and pretraining runs for the tests, and what a finished run leaves behind."""
 
 import csv
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,54 +15,92 @@ from PIL import Image
 import train_msn
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = (
-    "--batch-size",
-    "6",
-    "--epochs",
-    "3",
-    "--image-size",
-    "16",
-    "--patch-size",
-    "4",
-    "--focal-size",
-    "8",
-    "--focal-views",
-    "2",
-    "--hidden-size",
-    "16",
-    "--num-hidden-layers",
-    "2",
-    "--num-attention-heads",
-    "2",
-    "--head-hidden-size",
-    "16",
-    "--output-dim",
-    "8",
-    "--num-prototypes",
-    "5",
-    "--warmup-epochs",
-    "1",
-    "--device",
-    "cpu",
-    "--knn-every",
-    "1",
+
+
+def as_flags(**settings) -> tuple[str, ...]:
+    """Settings as a command line has them: hidden_size=16 -> --hidden-size 16."""
+    flags = []
+    for name, value in settings.items():
+        flags += ["--" + name.replace("_", "-"), str(value)]
+    return tuple(flags)
+
+
+# A run of 12 steps (make_pictures) that takes a second.
+TINY = as_flags(
+    batch_size=6,
+    epochs=3,
+    image_size=16,
+    patch_size=4,
+    focal_size=8,
+    focal_views=2,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    head_hidden_size=16,
+    output_dim=8,
+    num_prototypes=5,
+    warmup_epochs=1,
+    device="cpu",
+    knn_every=1,
 )
 
 
-def make_pictures(folder: Path, count: int = 24, classes: int = 2, size: int = 20) -> Path:
-    """train/ and val/ of random colour pictures, whose names have spaces and letters beyond ASCII."""
-    rng = np.random.default_rng(0)
-    for part, number in (("train", count), ("val", max(count // 4, classes))):
-        for i in range(number):
-            path = folder / part / f"class {'αβγδ'[i % classes]}" / f"пример {i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tint = np.array([80, 40, 0]) * (i % classes)
-            pixels = rng.integers(0, 150, (size, size + i % 5, 3)) + tint
-            Image.fromarray(pixels.astype(np.uint8)).save(path)
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def save_picture(path: Path, picture, **options) -> Path:
+    """Write an array or a PIL image to a file, whose folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image.save(path, **options)
+    return path
+
+
+def make_grey_pictures(folder: Path, *names: str, size: int = 6) -> Path:
+    """Pictures of one grey each: 0, 10, 20, ..."""
+    for i, name in enumerate(names):
+        save_picture(folder / name, np.full((size, size), 10 * i % 256, np.uint8))
     return folder
 
 
-def run_here(*flags: str) -> int:
+def random_pictures(
+    rng: np.random.Generator, count: int, low: int = 1, high: int = 60
+) -> list[np.ndarray]:
+    """Noise in colour (h w 3), each side from low to high - 1 pixels."""
+    pictures = []
+    for _ in range(count):
+        height, width = rng.integers(low, high, 2)
+        pictures.append(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return pictures
+
+
+def as_batch(pictures: list[np.ndarray]) -> train_msn.Batch:
+    """Pictures (h w 3) of any sizes as a data set gives them: each in a corner of a canvas."""
+    sizes = torch.tensor([picture.shape[:2] for picture in pictures])
+    height, width = sizes.amax(dim=0).tolist()
+    canvas = torch.zeros(len(pictures), 3, height, width, dtype=torch.uint8)
+    for place, picture in zip(canvas, pictures, strict=True):
+        pixels = torch.from_numpy(picture).permute(2, 0, 1)
+        place[:, : picture.shape[0], : picture.shape[1]] = pixels
+    return train_msn.Batch(canvas, sizes, list(range(len(pictures))), [])
+
+
+def make_pictures(folder: Path, count: int = 24, classes: int = 2, size: int = 20) -> Path:
+    """train/ and val/ of random colour pictures, names with spaces and letters beyond ASCII."""
+    rng = np.random.default_rng(0)
+    for part, number in (("train", count), ("val", max(count // 4, classes))):
+        for i in range(number):
+            tint = np.array([80, 40, 0]) * (i % classes)
+            pixels = rng.integers(0, 150, (size, size + i % 5, 3)) + tint
+            class_folder = folder / part / f"class {'αβγδ'[i % classes]}"
+            save_picture(class_folder / f"пример {i}.png", pixels.astype(np.uint8))
+    return folder
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def run_here(*flags) -> int:
     """Run train_msn.py in this process; signal handlers are put back. -> exit status."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -72,30 +111,31 @@ def run_here(*flags: str) -> int:
 
 
 def start(
-    *flags: str, processes: int = 0, restarts: int = 0, session: bool = False, **environment: str
+    *flags, processes: int = 0, restarts: int = 0, session: bool = False, **environment: str
 ) -> subprocess.Popen:
-    """Start train_msn.py as a program, by torchrun if `processes` is given, in a process group of its own (session)."""
-    launcher = (
-        [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc-per-node={processes}",
-            f"--max-restarts={restarts}",
-            "--master-port=0",
-            "--rdzv-backend=c10d",
-            "--rdzv-endpoint=localhost:0",
-        ]
-        if processes
-        else []
-    )
+    """Start train_msn.py as a program, by torchrun if `processes` is given.
+
+    session: in a process group of its own.
+    """
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        command += [f"--max-restarts={restarts}", "--master-port=0"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train_msn.py"), *map(str, flags)],
+        [*command, str(ROOT / "train_msn.py"), *map(str, flags)],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=session,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Until the file is there, or the process has ended."""
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.05)
 
 
 def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
@@ -108,55 +148,65 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
     return process.returncode, out + err
 
 
+# -- results ---------------------------------------------------------------------------------------
+
+# What may differ between a run that was interrupted and one that was not: of the checkpoint ...
+FREE_IN_CHECKPOINT = (
+    "/elapsed",
+    "/config/output_dir",
+    "/config/resume",
+    "/config/num_workers",
+    "/config/max_steps",
+    "/config/checkpoint_every",
+)
+# ... and of metrics.csv.
+FREE_IN_TABLES = ("images_per_second", "elapsed_seconds")
+
+
 def flatten(value, name: str = "") -> dict:
     """Every leaf of a nested checkpoint by its path."""
     if isinstance(value, dict):
-        return {
-            k: v for key, inner in value.items() for k, v in flatten(inner, f"{name}/{key}").items()
-        }
-    if isinstance(value, (list, tuple)):
-        return {
-            k: v for i, inner in enumerate(value) for k, v in flatten(inner, f"{name}/{i}").items()
-        }
-    return {name: value}
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return {name: value}
+    leaves = {}
+    for key, inner in items:
+        leaves |= flatten(inner, f"{name}/{key}")
+    return leaves
+
+
+def read_columns(path: Path) -> dict[str, list[str]]:
+    """A table by its columns."""
+    with open(path, encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    return {name: [line[name] for line in lines] for name in (lines[0] if lines else ())}
 
 
 def result(folder: Path) -> dict:
-    """All of a run that must not depend on how often it was interrupted: weights, optimizer state, prototypes, k-NN
-    and metrics but for their two columns of time."""
+    """All of a run that must not depend on how often it was interrupted: weights, optimizer state,
+    prototypes, k-NN and metrics."""
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
     kept = {
-        k: v
-        for k, v in flatten(content).items()
-        if not k.startswith(
-            (
-                "/elapsed",
-                "/config/output_dir",
-                "/config/resume",
-                "/config/num_workers",
-                "/config/max_steps",
-                "/config/checkpoint_every",
-            )
-        )
+        name: value
+        for name, value in flatten(content).items()
+        if not name.startswith(FREE_IN_CHECKPOINT)
     }
-    for name in ("metrics.csv", "knn.csv"):
-        with open(folder / name, encoding="utf-8") as file:
-            for i, row in enumerate(csv.DictReader(file)):
-                kept |= {
-                    f"{name}/{i}/{k}": v
-                    for k, v in row.items()
-                    if k not in ("images_per_second", "elapsed_seconds")
-                }
+    for table in ("metrics.csv", "knn.csv"):
+        for name, values in read_columns(folder / table).items():
+            if name not in FREE_IN_TABLES:
+                kept[f"{table}/{name}"] = values
     return kept
 
 
 def assert_same_result(a: Path, b: Path) -> None:
-    """Bit for bit."""
+    """Two runs have the same result, bit for bit."""
     first, second = result(a), result(b)
     assert first.keys() == second.keys()
-    different = [
-        k
-        for k, v in first.items()
-        if not (torch.equal(v, second[k]) if isinstance(v, torch.Tensor) else v == second[k])
-    ]
+    different = []
+    for name, value in first.items():
+        same = torch.equal if isinstance(value, torch.Tensor) else type(value).__eq__
+        if not same(value, second[name]):
+            different.append(name)
     assert not different, different[:10]

@@ -1,4 +1,7 @@
-"""Every kind of picture and folder is read right or refused in words; nothing in a data file is ever executed."""
+"""Every kind of picture and folder is read right, or refused in words.
+
+Nothing in a data file is ever executed.
+"""
 
 import hashlib
 import http.client
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TINY, make_pictures, run_here
+from runs import TINY, make_grey_pictures, make_pictures, run_here, save_picture
 from torch.utils.data import DataLoader
 
 import train_msn
@@ -29,35 +32,18 @@ from train_msn import (
     step_batches,
 )
 
-RAMP = (
-    np.linspace(0, 255, 12 * 8).reshape(8, 12).astype(np.uint8)
-)  # 12 wide, 8 high, no two pixels alike
+# 12 wide, 8 high, no two pixels alike.
+RAMP = np.linspace(0, 255, 12 * 8).reshape(8, 12).astype(np.uint8)
 CACHE = 2**20
-
-
-def save(path: Path, picture=RAMP, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(
-        path, **options
-    )
-    return path
-
-
-def tree(folder: Path, *names: str) -> Path:
-    for i, name in enumerate(names):
-        save(folder / name, np.full((6, 6), 10 * i, np.uint8))
-    return folder
 
 
 # -- folders ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_classes_has_labels_and_validation_images(tmp_path):
-    data = folder_images(
-        tree(tmp_path, "train/b/1.png", "train/a c/2.JPG", "train/ä/3.webp", "val/ä/4.bmp"),
-        8,
-        CACHE,
-    )
+    """train/CLASS/* and val/CLASS/* give class names in order, labels, and validation images."""
+    names = ("train/b/1.png", "train/a c/2.JPG", "train/ä/3.webp", "val/ä/4.bmp")
+    data = folder_images(make_grey_pictures(tmp_path, *names), 8, CACHE)
     assert data.classes == ["a c", "b", "ä"] and [len(data.train), len(data.val)] == [3, 1]
     assert data.train_labels.tolist() == [0, 1, 2] and data.val_labels.tolist() == [2]
     assert data.val.__getitems__([0]).images.unique().tolist() == [30]
@@ -74,7 +60,8 @@ def test_a_folder_of_classes_has_labels_and_validation_images(tmp_path):
     ],
 )
 def test_any_other_tree_is_images_without_labels(names, tmp_path):
-    (tree(tmp_path, *names) / "notes.txt").write_text("no picture")
+    """Any tree that is not train/CLASS/* and val/CLASS/* is images to train on, without labels."""
+    (make_grey_pictures(tmp_path, *names) / "notes.txt").write_text("no picture")
     data = folder_images(tmp_path, 8, CACHE)
     assert len(data.train) == 2 and data.train_labels is data.val is data.val_labels is None
 
@@ -89,16 +76,19 @@ def test_any_other_tree_is_images_without_labels(names, tmp_path):
     ],
 )
 def test_folders_that_cannot_be_trained_on_are_refused(names, says, tmp_path):
+    """A folder without images, or with unknown classes in val, is refused with the reason."""
     for name in names or ():
-        (tmp_path / name).parent.mkdir(parents=True)
-        save(tmp_path / name) if name.endswith(".png") else (tmp_path / name).write_text("text")
+        path = save_picture(tmp_path / name, RAMP, format="png")
+        if path.suffix != ".png":
+            path.write_text("text")
     with pytest.raises(UsageError, match=says):
         folder_images(tmp_path if names is not None else tmp_path / "nowhere", 8, CACHE)
 
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_fewer_images_than_the_batch_say_how_many_there_are(count, tmp_path, capsys):
-    tree(tmp_path / "data", *(f"{i}.png" for i in range(count)))
+    """A data set that is smaller than one batch is refused with both numbers."""
+    make_grey_pictures(tmp_path / "data", *(f"{i}.png" for i in range(count)))
     assert run_here(*TINY, "--data", tmp_path / "data", "--output-dir", tmp_path / "run") == 2
     assert f"{count} training images are fewer than batch_size=6" in capsys.readouterr().err
 
@@ -149,7 +139,8 @@ EXIF[0x0112] = 6  # lies on its left side
 def test_every_kind_of_picture_is_read_as_upright_rgb(
     name, picture, options, expected, limit, tmp_path
 ):
-    pixels = load_image(save(tmp_path / name, picture, **options), 64).numpy()
+    """Whatever the format, mode, depth or orientation: uint8 RGB, upright, the right pixels."""
+    pixels = load_image(save_picture(tmp_path / name, picture, **options), 64).numpy()
     expected = expected if expected.ndim == 3 else np.stack([expected] * 3, axis=2)
     assert pixels.dtype == np.uint8 and pixels.shape == expected.transpose(2, 0, 1).shape
     assert np.abs(pixels.transpose(1, 2, 0).astype(int) - expected).max() <= limit
@@ -169,7 +160,8 @@ def test_every_kind_of_picture_is_read_as_upright_rgb(
 def test_large_pictures_are_reduced_to_a_shorter_side_or_four_times_that(
     size, side, expected, suffix, tmp_path
 ):
-    path = save(tmp_path / f"a.{suffix}", Image.linear_gradient("L").resize(size))
+    """The shorter side becomes `side`, unless the longer one would be above four times that."""
+    path = save_picture(tmp_path / f"a.{suffix}", Image.linear_gradient("L").resize(size))
     pixels = load_image(path, side).float()
     assert pixels.shape == (3, *expected)
     small = Image.linear_gradient("L").resize(
@@ -185,7 +177,8 @@ def damaged(folder: Path) -> list[Path]:
     """One of every kind of file that is no readable picture, sorted in among readable ones."""
     noise = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
     whole = {
-        s: save(folder / f"0.{s}", noise).read_bytes() for s in ("png", "jpg", "gif", "tif", "webp")
+        s: save_picture(folder / f"0.{s}", noise).read_bytes()
+        for s in ("png", "jpg", "gif", "tif", "webp")
     }
     contents = {
         "1 empty.png": b"",
@@ -205,16 +198,14 @@ def damaged(folder: Path) -> list[Path]:
 @pytest.fixture
 def mixed(tmp_path):
     """24 good pictures, each of its own grey; in the middle those that are damaged."""
-    for i in range(24):
-        save(
-            tmp_path / "train" / f"{'0' if i < 12 else '2'} {i:02d}.png",
-            np.full((6, 6), 10 * i, np.uint8),
-        )
+    names = [f"train/{'0' if i < 12 else '2'} {i:02d}.png" for i in range(24)]
+    make_grey_pictures(tmp_path, *names)
     return tmp_path / "train", damaged(tmp_path / "train")
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:Corrupt EXIF data")
 def test_the_next_readable_picture_stands_in_the_same_for_every_rank_and_number_of_workers(mixed):
+    """For an unreadable file its next readable one stands in, on any rank with any workers."""
     folder, bad = mixed
     files = ImageFiles(train_msn.image_paths(folder), 8, 0)
     first = files.paths.index(bad[0])
@@ -224,35 +215,32 @@ def test_the_next_readable_picture_stands_in_the_same_for_every_rank_and_number_
     assert set(batch.unreadable) == set(map(str, bad))
     assert batch.images[first].equal(batch.images[batch.indices[first]])
     config = make_config({"batch_size": 12})
-    whole, halves = (
-        list(step_batches(config, len(files), range(6), rows))
-        for rows in (slice(0, 12), slice(6, 12))
-    )
+    alone = list(step_batches(config, len(files), range(6), slice(0, 12)))
+    second_of_two = list(step_batches(config, len(files), range(6), slice(6, 12)))
     for workers in (0, 2):
         loaders = [
             DataLoader(files, batch_sampler=batches, collate_fn=Batch._make, num_workers=workers)
-            for batches in (whole, halves)
+            for batches in (alone, second_of_two)
         ]
-        for all_rows, second in zip(*loaders, strict=True):
-            assert all_rows.indices[6:] == second.indices
-            assert all_rows.images[6:, :, :6, :6].equal(second.images[:, :, :6, :6])
+        for whole, half in zip(*loaders, strict=True):
+            assert whole.indices[6:] == half.indices
+            assert whole.images[6:, :, :6, :6].equal(half.images[:, :, :6, :6])
 
 
 def test_a_run_names_each_unreadable_file_once_with_a_count_and_goes_on(tmp_path, capsys):
+    """A run goes on past unreadable files, and names each of them once, with a count."""
     folder = make_pictures(tmp_path / "data")
     bad = [min((folder / "train").iterdir()) / name for name in ("zero.png", "text.jpg")]
     bad[0].write_bytes(b"")
     bad[1].write_text("nothing to see")
     assert run_here(*TINY, "--data", folder, "--output-dir", tmp_path / "run") == 0
     printed = capsys.readouterr().err
-    assert (
-        all(printed.count(str(path)) == 1 for path in bad)
-        and "1 so far" in printed
-        and "2 so far" in printed
-    )
+    assert all(printed.count(str(path)) == 1 for path in bad)
+    assert "1 so far" in printed and "2 so far" in printed
 
 
 def test_links_to_folders_are_followed(tmp_path):
+    """Class folders may be symbolic links; links in a circle do no harm."""
     folder = make_pictures(tmp_path / "data")
     direct = train_msn.open_data(make_config({"data": str(folder)}))
     for part in ("train", "val"):
@@ -267,6 +255,7 @@ def test_links_to_folders_are_followed(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_mostly_unreadable_folder_is_refused_with_counts(tmp_path):
+    """If half of the files that are tried are unreadable, the folder is refused with counts."""
     bad = damaged(tmp_path)
     with pytest.raises(
         ValueError, match=rf"of {len(bad) + 5} files tried in .*, only 5 are readable"
@@ -275,19 +264,20 @@ def test_a_mostly_unreadable_folder_is_refused_with_counts(tmp_path):
 
 
 def test_files_that_vanish_during_a_run_are_an_error_in_words(tmp_path):
-    files = ImageFiles(train_msn.image_paths(tree(tmp_path, "1.png", "2.png")), 8, 0)
-    [path.unlink() for path in files.paths]
+    """If no file is readable any more, the error says so."""
+    files = ImageFiles(train_msn.image_paths(make_grey_pictures(tmp_path, "1.png", "2.png")), 8, 0)
+    for path in files.paths:
+        path.unlink()
     with pytest.raises((ValueError, OSError), match="readable"):
         files.__getitems__([0, 1])
 
 
-@pytest.mark.parametrize(
-    "side", [11, 15]
-)  # above Pillow's limit, where it warns, and above twice that
+@pytest.mark.parametrize("side", [11, 15])  # above Pillow's limit: it warns; above twice: an error
 def test_an_image_bomb_is_unreadable(side, tmp_path, monkeypatch):
+    """A picture above Pillow's limit of pixels counts as unreadable."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    tree(tmp_path, "1.png", "2.png", "3.png")
-    bomb = save(tmp_path / "bomb.png", np.zeros((side, side), np.uint8))
+    make_grey_pictures(tmp_path, "1.png", "2.png", "3.png")
+    bomb = save_picture(tmp_path / "bomb.png", np.zeros((side, side), np.uint8))
     files = ImageFiles([*(tmp_path / f"{i}.png" for i in (1, 2, 3)), bomb], 8, 0)
     batch = files.__getitems__([3])
     assert batch.unreadable == [str(bomb)] and batch.indices == [0]
@@ -297,27 +287,24 @@ def test_an_image_bomb_is_unreadable(side, tmp_path, monkeypatch):
 def test_decoded_pictures_are_kept_up_to_the_stated_size_and_read_alike(
     pictures_that_fit, tmp_path
 ):
-    tree(tmp_path, *(f"{i:02d}.png" for i in range(10)))
-    files = ImageFiles(train_msn.image_paths(tmp_path), 8, pictures_that_fit * 108 + 50)
+    """The cache never exceeds its size, and what comes out of it is what was read."""
+    make_grey_pictures(tmp_path, *(f"{i:02d}.png" for i in range(10)))
+    limit = pictures_that_fit * 108 + 50  # a picture of 6 x 6 x 3 takes 108 bytes
+    files = ImageFiles(train_msn.image_paths(tmp_path), 8, limit)
     once, again = (files.__getitems__(list(range(10))).images for _ in range(2))
     assert once.equal(again) and len(files.cache) == min(pictures_that_fit, 10)
-    assert (
-        sum(image.untyped_storage().nbytes() for image in files.cache.values())
-        <= pictures_that_fit * 108 + 50
-    )
+    kept = sum(image.untyped_storage().nbytes() for image in files.cache.values())
+    assert kept <= limit
 
 
 def test_workers_share_the_stated_cache(tmp_path):
+    """The stated cache is divided among all processes that read."""
     make_pictures(tmp_path)
-    limits = [
-        train_msn.open_data(
-            make_config({"data": str(tmp_path), "cache_mb": 8, "num_workers": workers})
-        ).train
-        for workers in (0, 3)
-    ]
-    kept = [
-        files.free_bytes + sum(image.nbytes for image in files.cache.values()) for files in limits
-    ]
+    kept = []
+    for workers in (0, 3):
+        given = {"data": str(tmp_path), "cache_mb": 8, "num_workers": workers}
+        files = train_msn.open_data(make_config(given)).train
+        kept.append(files.free_bytes + sum(image.nbytes for image in files.cache.values()))
     assert kept == [8 * 2**20, 2 * 2**20]  # the main process reads too
 
 
@@ -329,11 +316,9 @@ def string(text: bytes) -> bytes:
 
 
 def python2_batch(pixels: np.ndarray, labels: list[int]) -> bytes:
-    """Opcode by opcode what Python 2 and numpy 1 wrote: strings are bytes, numpy.core has no underscore."""
-    minus_one, shape = (
-        b"J\xff\xff\xff\xff",
-        b"M" + len(pixels).to_bytes(2, "little") + b"M\x00\x0c\x86",
-    )
+    """Opcode by opcode what Python 2 and numpy 1 wrote: strings are bytes, no numpy._core."""
+    minus_one = b"J\xff\xff\xff\xff"
+    shape = b"M" + len(pixels).to_bytes(2, "little") + b"M\x00\x0c\x86"
     dtype = (
         b"cnumpy\ndtype\n"
         + string(b"u1")
@@ -376,6 +361,7 @@ def some_images(count: int, seed: int = 0) -> tuple[np.ndarray, list[int]]:
 
 @pytest.mark.parametrize("write", [python2_batch, python3_batch(3), python3_batch(4)])
 def test_batches_are_read_as_the_authors_wrote_them_and_as_python_3_does(write, tmp_path):
+    """CIFAR-10 batches pickled by Python 2 or 3 give the same images and labels."""
     for i, name in enumerate(("data_batch_1", "data_batch_4", "test_batch")):
         (tmp_path / name).write_bytes(write(*some_images(3 + i, i)))
     data = cifar10_images(tmp_path)
@@ -408,7 +394,8 @@ def nested(depth: int) -> list:
         lambda trap: pickle.dumps({b"data": Payload(os.mkdir, trap)}, 4),
         lambda trap: f"c__builtin__\neval\n(S'open({trap!r}, \"w\")'\ntR.".encode(),
         lambda trap: f"cposix\nsystem\n(S'mkdir {trap}'\ntR.".encode(),
-        # Not code, but as bad: an array of objects whose addresses the file may choose, a list that fills all memory.
+        # Not code, but as bad: an array of objects at addresses that the file chooses, and a list
+        # that fills all memory.
         lambda trap: pickle.dumps(
             {b"data": Payload(np.ndarray, (1,), np.dtype("O"), b"\x01" * 8), b"labels": [1]}, 2
         ),
@@ -425,6 +412,7 @@ def nested(depth: int) -> list:
     ],
 )
 def test_a_hostile_or_damaged_batch_is_refused_and_nothing_runs(content, tmp_path):
+    """No pickle can run code or fill the memory: it is read as a batch or refused by name."""
     (tmp_path / "test_batch").write_bytes(python2_batch(*some_images(2)))
     (tmp_path / "data_batch_1").write_bytes(content(str(tmp_path / "executed")))
     with pytest.raises(ValueError, match=r"data_batch_1 is no CIFAR-10 python batch"):
@@ -433,6 +421,7 @@ def test_a_hostile_or_damaged_batch_is_refused_and_nothing_runs(content, tmp_pat
 
 
 def test_batches_without_the_test_batch_are_not_downloaded_again_but_named(tmp_path, monkeypatch):
+    """If some batches are there but the test batch is not, it is named; nothing is fetched."""
     (tmp_path / "data_batch_1").write_bytes(python2_batch(*some_images(2)))
     monkeypatch.setattr(
         train_msn.urllib.request, "urlopen", lambda *_, **__: pytest.fail("downloads")
@@ -470,6 +459,7 @@ def serve(monkeypatch, content: bytes | Exception):
 
 
 def test_a_download_is_unpacked_and_used(tmp_path, monkeypatch):
+    """The archive with the published checksum is unpacked, its six batches and nothing else."""
     content = archive()
     serve(monkeypatch, content)
     monkeypatch.setattr(train_msn, "CIFAR10_SHA256", hashlib.sha256(content).hexdigest())
@@ -480,6 +470,7 @@ def test_a_download_is_unpacked_and_used(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["../escaped", "cifar-10-batches-py/../../escaped"])
 def test_no_archive_writes_outside_of_its_folder(name, tmp_path, monkeypatch):
+    """Paths inside an archive cannot lead out of the folder that it is unpacked to."""
     content = archive(name)
     serve(monkeypatch, content)
     monkeypatch.setattr(train_msn, "CIFAR10_SHA256", hashlib.sha256(content).hexdigest())
@@ -502,17 +493,15 @@ def test_no_archive_writes_outside_of_its_folder(name, tmp_path, monkeypatch):
 def test_a_download_that_is_not_the_published_file_is_not_unpacked(
     content, says, tmp_path, monkeypatch, capsys
 ):
+    """A download that is cut off or is another file leaves nothing behind, and says why."""
     serve(monkeypatch, content)
-    assert (
-        run_here(
-            "--recipe", "cifar10", "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "run"
-        )
-        == 1
-    )
+    folders = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "run")
+    assert run_here("--recipe", "cifar10", *folders) == 1
     assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_real_batches_are_read_if_they_are_here():
+    """The authors' own test batch is read, where it is at hand."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar-10-batches-py"
     if not folder.is_dir():
         pytest.skip(f"no {folder}")

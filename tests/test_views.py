@@ -1,4 +1,7 @@
-"""Views are what Pillow would make of the picture, and a pure function of (seed, step); schedules and k-NN by laws."""
+"""Views are what Pillow would make of the picture, and a function of (seed, step) alone.
+
+Schedules, k-NN and the sheet of neighbours against plain loops.
+"""
 
 import colorsys
 import math
@@ -11,259 +14,246 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
+from runs import as_batch, random_pictures
+from torch.nn.functional import pad
 from torch.testing import assert_close
 
 import train_msn
 from train_msn import (
     COLOR_OPERATIONS,
     DRAWS,
+    LARGE,
+    RECIPES,
     TRIES,
     Batch,
+    Images,
+    ImagesInMemory,
+    Processes,
     color_jitter,
     cosine,
-    crop_boxes,
     crop_and_resize,
-    crop_by_products,
+    crop_boxes,
+    draw_views,
     gaussian_blur,
     knn_predict,
     linear,
     make_config,
-    views_of_one_size,
     make_views,
     schedule_at,
+    synthetic_images,
     to_grey,
+    views_of_one_size,
     warmup_cosine,
 )
 
 SEEDS = st.integers(0, 2**31 - 1)
 STEP_OF_GREY = 1.5 / 255  # Pillow rounds to whole greys, twice
+CPU = torch.device("cpu")
 
 
-def padded(pictures: list[np.ndarray]) -> Batch:
-    """Pictures (h w 3) of any sizes as the loader gives them: in the top left corner of a canvas."""
-    sizes = torch.tensor([picture.shape[:2] for picture in pictures])
-    canvas = torch.zeros(len(pictures), 3, *sizes.amax(dim=0).tolist(), dtype=torch.uint8)
-    for row, picture in zip(canvas, pictures, strict=True):
-        row[:, : picture.shape[0], : picture.shape[1]] = torch.from_numpy(picture).permute(2, 0, 1)
-    return Batch(canvas, sizes, list(range(len(pictures))), [])
-
-
-def random_pictures(
-    rng: np.random.Generator, count: int, low: int = 1, high: int = 60
-) -> list[np.ndarray]:
-    return [
-        rng.integers(0, 256, (*rng.integers(low, high, 2), 3), dtype=np.uint8) for _ in range(count)
-    ]
-
-
-def pixels_of(image: Image.Image) -> torch.Tensor:
+def as_pixels(image: Image.Image) -> torch.Tensor:
+    """c h w from 0 to 1."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def colours(
+def random_colours(
     rng: np.random.Generator, count: int = 3, size: int = 9
 ) -> tuple[list[Image.Image], torch.Tensor]:
-    pictures = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    return [Image.fromarray(p) for p in pictures], torch.from_numpy(pictures).permute(
-        0, 3, 1, 2
-    ).float() / 255
+    """The same noise as PIL images and as b 3 size size."""
+    images = [Image.fromarray(p) for p in rng.integers(0, 256, (count, size, size, 3), np.uint8)]
+    return images, torch.stack([as_pixels(image) for image in images])
 
 
 # -- crop, resize, flip ----------------------------------------------------------------------------
 
 
-def crop_one_by_one(images: torch.Tensor, *arguments) -> torch.Tensor:
-    """What crop_and_resize does with large pictures on a CPU: of a canvas of more than 64 pixels."""
-    return crop_and_resize(torch.nn.functional.pad(images, (0, 65, 0, 65)), *arguments)
+def crop_small(images: torch.Tensor, *arguments) -> torch.Tensor:
+    """What crop_and_resize does with small pictures: all at once, by products of matrices."""
+    assert max(images.shape[-2:]) <= LARGE
+    return crop_and_resize(images, *arguments)
 
 
-@pytest.mark.parametrize("crop", [crop_one_by_one, crop_by_products])
+def crop_large(images: torch.Tensor, *arguments) -> torch.Tensor:
+    """What crop_and_resize does with large pictures on a CPU: one by one, on a larger canvas."""
+    return crop_and_resize(pad(images, (0, LARGE + 1, 0, LARGE + 1)), *arguments)
+
+
+# torch's resize of whole numbers rounds after each axis, as Pillow's: rarely they differ by two.
+@pytest.mark.parametrize("crop, greys", [(crop_small, 1), (crop_large, 2)])
 @given(SEEDS, st.sampled_from([1, 4, 16, 33, 96]))
-def test_crop_and_resize_is_pillows_crop_then_bilinear_resize(crop, seed, size):
+def test_crop_and_resize_is_pillows_crop_then_bilinear_resize(crop, greys, seed, size):
+    """Any box of any picture, resized to any size, is what Pillow gives, to one or two greys."""
     rng = np.random.default_rng(seed)
     pictures = random_pictures(rng, 5)
-    twice = [*pictures, *pictures]  # two views of each
-    ends = [np.sort([rng.integers(0, side, 2) for side in p.shape[:2]], axis=1) for p in twice]
-    boxes = torch.tensor(np.array([[*e[:, 0], *(e[:, 1] - e[:, 0] + 1)] for e in ends]))
-    ours = crop(padded(pictures).images, boxes, torch.zeros(10, dtype=torch.bool), size)
-    for view, picture, (top, left, height, width) in zip(ours, twice, boxes.tolist(), strict=True):
+    pictures = [*pictures, *pictures]  # two views of each
+    boxes = []
+    for picture in pictures:
+        top, bottom = np.sort(rng.integers(0, picture.shape[0], 2))
+        left, right = np.sort(rng.integers(0, picture.shape[1], 2))
+        boxes.append([top, left, bottom - top + 1, right - left + 1])
+    boxes = torch.tensor(np.array(boxes))
+
+    ours = crop(as_batch(pictures[:5]).images, boxes, torch.zeros(10, dtype=torch.bool), size)
+    for view, picture, (top, left, height, width) in zip(
+        ours, pictures, boxes.tolist(), strict=True
+    ):
         theirs = Image.fromarray(picture).crop((left, top, left + width, top + height))
         theirs = theirs.resize((size, size), Image.Resampling.BILINEAR)
-        assert (view - pixels_of(theirs)).abs().max() <= STEP_OF_GREY
+        assert (view - as_pixels(theirs)).abs().max() <= (greys + 0.1) / 255
 
 
-@pytest.mark.parametrize("crop", [crop_one_by_one, crop_by_products])
+@pytest.mark.parametrize("crop", [crop_small, crop_large])
 @given(SEEDS)
-def test_a_flip_reverses_columns_of_the_images_it_is_asked_for(crop, seed):
-    batch, flip = (
-        padded(random_pictures(np.random.default_rng(seed), 3)),
-        torch.tensor([True, False, True]),
-    )
+def test_a_flip_mirrors_the_views_that_it_is_asked_for(crop, seed):
+    """Flipped views are the plain ones from right to left, the others are unchanged."""
+    batch = as_batch(random_pictures(np.random.default_rng(seed), 3))
     boxes = torch.cat([torch.zeros_like(batch.sizes), batch.sizes], dim=1)
-    plain, flipped = (crop(batch.images, boxes, which, 12) for which in (flip & False, flip))
-    assert_close(
-        flipped, torch.where(flip[:, None, None, None], plain.flip(-1), plain), rtol=0, atol=1e-6
-    )
+    flip = torch.tensor([True, False, True])
+    plain = crop(batch.images, boxes, flip & False, 12)
+    flipped = crop(batch.images, boxes, flip, 12)
+    assert_close(flipped[0], plain[0].flip(-1), rtol=0, atol=0)
+    assert_close(flipped[1], plain[1], rtol=0, atol=0)
+    assert_close(flipped[2], plain[2].flip(-1), rtol=0, atol=0)
 
 
-@given(
-    SEEDS,
-    st.lists(st.tuples(st.integers(1, 80), st.integers(1, 80)), min_size=1, max_size=8),
-    st.floats(1e-3, 1),
-    st.sampled_from([0.0, 0.5, 1 - 2**-24]),
-)
+SIZES = st.lists(st.tuples(st.integers(1, 80), st.integers(1, 80)), min_size=1, max_size=8)
+
+
+@given(SEEDS, SIZES, st.floats(1e-3, 1), st.sampled_from([0.0, 0.5, 1 - 2**-24]))
 def test_boxes_lie_inside_the_image_and_hold_a_pixel(seed, sizes, low, corner):
+    """Whatever the numbers, the image and the scale, a box is inside and not empty."""
+    sizes = torch.tensor(sizes)
     u = torch.rand(len(sizes), DRAWS["crop"], generator=torch.Generator().manual_seed(seed))
-    u[:, 2 * TRIES :] = torch.where(u[:, 2 * TRIES :] < 0.5, corner, u[:, 2 * TRIES :])
-    boxes, sizes = crop_boxes(u, torch.tensor(sizes), (low, 1.0)), torch.tensor(sizes)
-    assert (
-        (boxes[:, :2] >= 0).all()
-        and (boxes[:, 2:] >= 1).all()
-        and (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
-    )
+    place = u[:, 2 * TRIES :]
+    place[place < 0.5] = corner
+    boxes = crop_boxes(u, sizes, (low, 1.0))
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
 
 
 def test_areas_are_uniform_aspect_ratios_log_uniform_and_places_uniform():
-    n, sizes, scale = 20000, torch.tensor([1000, 1400]), (0.1, 0.5)
+    """Crops are distributed as SimCLR's: Kolmogorov-Smirnov tests at 1 %, and whole pixels."""
+    n = 20000
+    sizes = torch.tensor([1000, 1400])
     u = torch.rand(n, DRAWS["crop"], generator=torch.Generator().manual_seed(0))
-    top, left, height, width = crop_boxes(u, sizes.expand(n, 2), scale).double().unbind(dim=1)
-    area, aspect = height * width / sizes.prod(), (width / height).log() / math.log(4 / 3)
-    assert aspect.abs().max() < 1.01
-    for what, value in {
-        "area": (area - scale[0]) / (scale[1] - scale[0]),
-        "aspect": (aspect + 1) / 2,
+    top, left, height, width = crop_boxes(u, sizes.expand(n, 2), (0.1, 0.5)).double().T
+    log_aspect = (width / height).log() / math.log(4 / 3)
+    assert log_aspect.abs().max() < 1.01
+    uniform = {
+        "area": (height * width / sizes.prod() - 0.1) / (0.5 - 0.1),
+        "aspect": (log_aspect + 1) / 2,
         "top": (top + 0.5) / (1000 - height + 1),
         "left": (left + 0.5) / (1400 - width + 1),
-    }.items():
+    }
+    for name, value in uniform.items():
         distance = (value.sort().values - (torch.arange(n) + 0.5) / n).abs().max()
-        assert distance < 1.63 / math.sqrt(n) + 2e-3, (
-            what
-        )  # Kolmogorov and Smirnov at 1 %, and whole pixels
+        assert distance < 1.63 / math.sqrt(n) + 2e-3, name
 
 
 def test_the_first_try_that_fits_is_taken_else_the_square_in_the_middle():
-    u = torch.full(
-        (2, DRAWS["crop"]), 0.9999
-    )  # of the whole area and as wide as can be: fits no square
-    u[0, [2, 4]], u[0, [TRIES + 2, TRIES + 4]] = (
-        torch.tensor([0.25, 0.0]),
-        0.5,
-    )  # tries 2 and 4 are squares that fit
-    assert crop_boxes(u, torch.full((2, 2), 40), (0.04, 1.0))[0, 2:].tolist() == [
-        21,
-        21,
-    ]  # 0.04 + 0.25 * 0.96, rooted
+    """Of ten tries the first that fits; if none does, the largest square, centred."""
+    never = 0.9999  # all of the area, and as wide as can be
+    u = torch.full((2, DRAWS["crop"]), never)
+    u[0, [2, 4]] = torch.tensor([0.25, 0.0])  # tries 2 and 4 have these areas ...
+    u[0, [TRIES + 2, TRIES + 4]] = 0.5  # ... and are squares
+    side = round(40 * math.sqrt(0.04 + 0.25 * 0.96))
+    assert crop_boxes(u[:1], torch.tensor([[40, 40]]), (0.04, 1.0))[0, 2:].tolist() == [side] * 2
     assert crop_boxes(u[1:], torch.tensor([[10, 31]]), (1.0, 1.0)).tolist() == [[0, 11, 10, 10]]
 
 
 # -- colour and blur -------------------------------------------------------------------------------
 
+ENHANCERS = {0: ImageEnhance.Brightness, 1: ImageEnhance.Contrast, 2: ImageEnhance.Color}
 
-@pytest.mark.parametrize(
-    "kind, enhance",
-    [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)],
-)
+
+@pytest.mark.parametrize("kind", ENHANCERS)
 @given(SEEDS, st.floats(0, 2))
-def test_brightness_contrast_and_saturation_are_pillows(kind, enhance, seed, factor):
-    images, pixels = colours(np.random.default_rng(seed))
+def test_brightness_contrast_and_saturation_are_pillows(kind, seed, factor):
+    """The three factors do what Pillow's enhancers do, to a grey level."""
+    images, pixels = random_colours(np.random.default_rng(seed))
     ours = COLOR_OPERATIONS[kind](pixels, torch.full((len(images), 1, 1, 1), factor))
-    theirs = torch.stack([pixels_of(enhance(image).enhance(factor)) for image in images])
-    off = torch.zeros(len(images), 1, 1, 1)
-    if (
-        kind == 1
-    ):  # Pillow rounds each grey before it takes their mean; by so much its mean is another than ours
-        rounded = (
-            torch.stack([torch.from_numpy(np.array(image.convert("L"))) for image in images])[
-                :, None
-            ]
-            / 255
-        )
-        off = (rounded - to_grey(pixels)).mean(dim=(1, 2, 3), keepdim=True).abs()
-    assert ((ours - theirs).abs() - off).max() <= STEP_OF_GREY
+    theirs = torch.stack([as_pixels(ENHANCERS[kind](image).enhance(factor)) for image in images])
+    limit = torch.full((len(images), 1, 1, 1), STEP_OF_GREY)
+    if kind == 1:  # Pillow rounds each grey before it takes their mean, which is off by so much
+        rounded = torch.stack([torch.from_numpy(np.array(i.convert("L"))) for i in images]) / 255
+        limit += (rounded[:, None] - to_grey(pixels)).mean(dim=(1, 2, 3), keepdim=True).abs()
+    assert ((ours - theirs).abs() <= limit).all()
 
 
 @given(SEEDS, st.floats(0, 2))
 def test_contrast_is_its_formula(seed, factor):
-    _, pixels = colours(np.random.default_rng(seed))
-    x, weights = pixels.double().numpy(), np.array([0.299, 0.587, 0.114])
-    mean = np.tensordot(weights, x, (0, 1)).mean(axis=(1, 2))[:, None, None, None]
+    """Contrast moves each pixel away from the mean grey of its image, by the factor."""
+    _, pixels = random_colours(np.random.default_rng(seed))
+    x = pixels.double().numpy()
+    luma = np.array([0.299, 0.587, 0.114])
+    mean = np.tensordot(luma, x, (0, 1)).mean(axis=(1, 2))[:, None, None, None]
+    expected = torch.from_numpy(np.clip(mean + factor * (x - mean), 0, 1))
     ours = COLOR_OPERATIONS[1](pixels, torch.full((len(x), 1, 1, 1), factor))
-    assert_close(
-        ours.double(),
-        torch.from_numpy(np.clip(mean + factor * (x - mean), 0, 1)),
-        rtol=0,
-        atol=2e-6,
-    )
+    assert_close(ours.double(), expected, rtol=0, atol=2e-6)
 
 
 @given(SEEDS, st.floats(-1, 1))
 def test_hue_turns_hsv_and_keeps_saturation_and_value(seed, shift):
-    _, pixels = colours(np.random.default_rng(seed), count=2, size=4)
+    """A shift of the hue is Python's colorsys: to HSV, h + shift modulo 1, and back."""
+    _, pixels = random_colours(np.random.default_rng(seed), count=2, size=4)
     pixels[0, :, 0] = pixels[0, :1, 0]  # greys have no hue
     ours = COLOR_OPERATIONS[3](pixels, torch.full((2, 1, 1, 1), shift))
 
-    def turned(rgb):
+    theirs = []
+    for rgb in pixels.permute(0, 2, 3, 1).reshape(-1, 3).double().tolist():
         h, s, v = colorsys.rgb_to_hsv(*rgb)
-        return colorsys.hsv_to_rgb((h + shift) % 1, s, v)
-
-    theirs = [turned(rgb) for rgb in pixels.permute(0, 2, 3, 1).reshape(-1, 3).double().tolist()]
+        theirs.append(colorsys.hsv_to_rgb((h + shift) % 1, s, v))
     assert_close(ours.permute(0, 2, 3, 1).reshape(-1, 3), torch.tensor(theirs), rtol=0, atol=1e-5)
 
 
 @given(SEEDS)
 def test_grey_is_pillows_luma(seed):
-    images, pixels = colours(np.random.default_rng(seed))
-    theirs = (
-        torch.stack(
-            [torch.from_numpy(np.array(ImageOps.grayscale(image)))[None] for image in images]
-        )
-        / 255
-    )
-    assert (to_grey(pixels) - theirs).abs().max() <= 0.51 / 255
+    """Greyscale weighs the channels as Pillow does."""
+    images, pixels = random_colours(np.random.default_rng(seed))
+    for image, grey in zip(images, to_grey(pixels), strict=True):
+        theirs = torch.from_numpy(np.array(ImageOps.grayscale(image))) / 255
+        assert (grey[0] - theirs).abs().max() <= 0.51 / 255
 
 
 @given(SEEDS, st.floats(0, 1.25))
 def test_jitter_applies_four_operations_in_an_order_of_each_images_own(seed, strength):
+    """Colour jitter, image by image: factors from u_factors, the order from u_order."""
     rng = np.random.default_rng(seed)
-    _, pixels = colours(rng, count=4)
+    _, pixels = random_colours(rng, count=4)
     apply = torch.tensor([True, True, True, False])
-    u_factors, u_order = (torch.from_numpy(rng.random((4, 4), dtype=np.float32)) for _ in range(2))
+    u_factors = torch.from_numpy(rng.random((4, 4), dtype=np.float32))
+    u_order = torch.from_numpy(rng.random((4, 4), dtype=np.float32))
     expected = pixels.clone()
     for b in range(3):
         for kind in u_order[b].argsort().tolist():
-            spread = (0.2 if kind == 3 else 0.8) * strength
-            low, high = (-spread, spread) if kind == 3 else (max(0, 1 - spread), 1 + spread)
-            factor = torch.tensor(low + (high - low) * u_factors[b, kind].item()).reshape(
-                1, 1, 1, 1
-            )
+            if kind == 3:
+                low, high = -0.2 * strength, 0.2 * strength
+            else:
+                low, high = max(0, 1 - 0.8 * strength), 1 + 0.8 * strength
+            factor = torch.full((1, 1, 1, 1), low + (high - low) * u_factors[b, kind].item())
             expected[b] = COLOR_OPERATIONS[kind](expected[b : b + 1], factor)[0]
-    assert_close(
-        color_jitter(pixels.clone(), strength, apply, u_factors, u_order),
-        expected,
-        rtol=0,
-        atol=1e-5,
-    )
+    ours = color_jitter(pixels.clone(), strength, apply, u_factors, u_order)
+    assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
 @given(SEEDS, st.lists(st.floats(0.01, 9), min_size=3, max_size=3))
 def test_blur_is_a_gaussian_mean_of_what_lies_inside(seed, sigmas):
-    _, pixels = colours(np.random.default_rng(seed))
+    """Each blurred pixel is a mean of the image's pixels, weighted by a Gaussian."""
+    _, pixels = random_colours(np.random.default_rng(seed))
+    place = np.arange(9)
     expected = np.empty_like(pixels.numpy())
     for b, sigma in enumerate(sigmas):
-        weights = np.array(
-            [[math.exp(-((i - j) ** 2) / (2 * sigma**2)) for j in range(9)] for i in range(9)]
-        )
+        weights = np.exp(-((place[:, None] - place) ** 2) / (2 * sigma**2))
         weights /= weights.sum(axis=1, keepdims=True)
         expected[b] = np.einsum("yi,cij,xj->cyx", weights, pixels[b].numpy(), weights)
-    assert_close(
-        gaussian_blur(pixels, torch.tensor(sigmas)), torch.from_numpy(expected), rtol=0, atol=1e-5
-    )
+    ours = gaussian_blur(pixels, torch.tensor(sigmas))
+    assert_close(ours, torch.from_numpy(expected), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "changes, law",
     [
-        ({"grey": 1.0}, lambda view, plain: view.std(dim=1).max() < 1e-6),
+        ({"grey": 1.0}, lambda view, plain: view.std(dim=0).max() < 1e-6),
         ({"blur": 1.0}, lambda view, plain: view.std() < plain.std()),
         ({}, torch.equal),
         ({"flip": 1.0}, lambda view, plain: view.equal(plain.flip(-1))),
@@ -271,22 +261,20 @@ def test_blur_is_a_gaussian_mean_of_what_lies_inside(seed, sigmas):
     ],
 )
 def test_probability_1_does_it_always_and_0_never(changes, law):
-    config = replace(
-        make_config({}), **{"grey": 0.0, "blur": 0.0, "flip": 0.0, "jitter": 0.0, **changes}
-    )
-    never = replace(config, grey=0.0, blur=0.0, flip=0.0, jitter=0.0)
-    batch = padded(random_pictures(np.random.default_rng(0), 4, 20))
-    draws = {
-        name: u[0]
-        for name, u in train_msn.draw_views(4, 1, torch.Generator().manual_seed(0)).items()
-    }
-    deviation = torch.tensor(train_msn.IMAGENET_STD)[:, None, None]
+    """Each augmentation happens to all images at probability 1, and to none at 0."""
+    never = replace(make_config({}), grey=0.0, blur=0.0, flip=0.0, jitter=0.0)
+    batch = as_batch(random_pictures(np.random.default_rng(0), 4, 20))
+    draws = draw_views(4, 1, torch.Generator().manual_seed(0))
     mean = torch.tensor(train_msn.IMAGENET_MEAN)[:, None, None]
-    view, plain = (
-        views_of_one_size(batch, draws, c, 16, (0.5, 1.0)) * deviation + mean
-        for c in (config, never)
-    )
-    assert all(law(view[b : b + 1], plain[b : b + 1]) for b in range(4))
+    deviation = torch.tensor(train_msn.IMAGENET_STD)[:, None, None]
+
+    def view_of(config):
+        (view,) = views_of_one_size(batch, draws, config, 16, (0.5, 1.0))
+        return view * deviation + mean
+
+    changed = view_of(replace(never, **changes))
+    for view, plain in zip(changed, view_of(never), strict=True):
+        assert law(view, plain)
 
 
 # -- all views of a step ---------------------------------------------------------------------------
@@ -294,155 +282,158 @@ def test_probability_1_does_it_always_and_0_never(changes, law):
 CONFIG = make_config(
     {"batch_size": 12, "focal_views": 2, "random_views": 2, "blur": 0.5, "seed": 3}
 )
-BATCH = padded(random_pictures(np.random.default_rng(1), 12))
+BATCH = as_batch(random_pictures(np.random.default_rng(1), 12))
+ALL = slice(0, 12)
 
 
-def rows_of(batch: Batch, rows: slice) -> Batch:
-    """What one process loads: its rows, in a canvas that fits them."""
-    sizes = batch.sizes[rows]
+def part_of(batch: Batch, my_images: slice) -> Batch:
+    """What one process loads: its images, on a canvas that fits them."""
+    sizes = batch.sizes[my_images]
     height, width = sizes.amax(dim=0).tolist()
-    return Batch(batch.images[rows, :, :height, :width], sizes, batch.indices[rows], [])
+    return Batch(batch.images[my_images, :, :height, :width], sizes, batch.indices[my_images], [])
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_views_and_masks_are_the_same_however_the_batch_is_shared(count):
-    share = 12 // count
-    parts = [slice(i * share, (i + 1) * share) for i in range(count)]
-    views = make_views(BATCH, CONFIG, 5, slice(0, 12))
-    shared = [make_views(rows_of(BATCH, rows), CONFIG, 5, rows) for rows in parts]
+    """The views of all processes together are those of one process with the whole batch."""
+    parts = [Processes(rank, count, CPU).share_of(12) for rank in range(count)]
+    views = make_views(BATCH, CONFIG, 5, ALL)
+    shared = [make_views(part_of(BATCH, part), CONFIG, 5, part) for part in parts]
+
     limit = {"rtol": 0, "atol": 1e-5}  # in deviations of 1
     assert_close(torch.cat([part.target_view for part in shared]), views.target_view, **limit)
     for v, whole in enumerate(views.anchor_views):
         assert_close(torch.cat([part.anchor_views[v] for part in shared]), whole, **limit)
-    for v, whole in enumerate(views.patches_to_keep):
-        assert (
-            whole is None
-            if v >= 2
-            else torch.cat([part.patches_to_keep[v] for part in shared]).equal(whole)
-        )
+    for v in range(2):
+        joined = torch.cat([part.patches_to_keep[v] for part in shared])
+        assert joined.equal(views.patches_to_keep[v])
+    assert views.patches_to_keep[2:] == [None, None]
+
+
+def tensors_of(config, step: int) -> list[torch.Tensor]:
+    """Target view, two random views, two focal views, two masks."""
+    views = make_views(BATCH, config, step, ALL)
+    return [views.target_view, *views.anchor_views, *views.patches_to_keep[:2]]
 
 
 def test_views_are_a_pure_function_of_seed_and_step():
-    def all_tensors(step, **changes):
-        torch.rand(step + len(changes))  # the global generator says nothing
-        views = make_views(BATCH, replace(CONFIG, **changes), step, slice(0, 12))
-        return [views.target_view, *views.anchor_views, *views.patches_to_keep[:2]]
-
-    first = all_tensors(5)
-    assert all(a.equal(b) for a, b in zip(first, all_tensors(5), strict=True))
-    for other in (all_tensors(6), all_tensors(5, seed=4)):
-        assert not any(a.equal(b) for a, b in zip(first, other, strict=True))
-    assert [tuple(x.shape) for x in first] == [(12, 3, 32, 32)] * 3 + [(12, 3, 16, 16)] * 2 + [
-        (12, 44)
-    ] * 2
-    assert not any(
-        a.equal(b) for i, a in enumerate(first[:3]) for b in first[:i]
-    )  # each view has its own draws
+    """The same seed and step give the same views; another of either changes every one."""
+    first = tensors_of(CONFIG, 5)
+    torch.rand(7)  # the global generator says nothing
+    for a, b in zip(first, tensors_of(CONFIG, 5), strict=True):
+        assert a.equal(b)
+    for other in (tensors_of(CONFIG, 6), tensors_of(replace(CONFIG, seed=4), 5)):
+        for a, b in zip(first, other, strict=True):
+            assert not a.equal(b)
 
 
-def test_anchors_can_be_the_targets_own_pixels_or_those_in_other_colours():
-    target, (*anchors, _, _), _ = make_views(
-        BATCH, replace(CONFIG, anchor_view="target"), 5, slice(0, 12)
-    )
-    assert all(anchor.equal(target) for anchor in anchors)
-    target, (*anchors, _, _), _ = make_views(
-        BATCH, replace(CONFIG, anchor_view="recolored"), 5, slice(0, 12)
-    )
-    assert not any(anchor.equal(target) for anchor in anchors)
-    target, (*anchors, _, _), _ = make_views(
-        BATCH, replace(CONFIG, anchor_view="recolored", jitter=0.0), 5, slice(0, 12)
-    )
-    assert all(anchor.equal(target) for anchor in anchors)
+def test_each_view_of_a_step_has_its_size_and_draws_of_its_own():
+    """Target and random views are large, focal views small, masks keep 44 of 64; no two agree."""
+    tensors = tensors_of(CONFIG, 5)
+    shapes = [tuple(x.shape) for x in tensors]
+    assert shapes == [(12, 3, 32, 32)] * 3 + [(12, 3, 16, 16)] * 2 + [(12, 44)] * 2
+    for i, a in enumerate(tensors):
+        for b in tensors[:i]:
+            assert not a.equal(b)
+
+
+@pytest.mark.parametrize(
+    "changes, alike",
+    [
+        ({"anchor_view": "target"}, True),
+        ({"anchor_view": "recolored"}, False),
+        ({"anchor_view": "recolored", "jitter": 0.0}, True),
+        ({"anchor_view": "own", "jitter": 0.0}, False),
+    ],
+)
+def test_random_views_can_be_the_target_view_or_that_in_other_colours(changes, alike):
+    """Table 9: random views are views of their own, the target's in other colours, or it itself."""
+    views = make_views(BATCH, replace(CONFIG, **changes), 5, ALL)
+    for random_view in views.anchor_views[:2]:
+        assert random_view.equal(views.target_view) == alike
+    first_focal, second_focal = views.anchor_views[2:]
+    assert not first_focal.equal(second_focal)
 
 
 # -- schedules -------------------------------------------------------------------------------------
 
-RATES, STEPS = st.floats(0, 10), st.integers(1, 100)
+RATES = st.floats(0, 10)
+STEPS = st.integers(1, 100)
+
+
+def check_curve(values: list[float], ends: tuple[float, ...], shortest: int) -> None:
+    """Starts and ends there, stays between, and nowhere jumps. shortest: of its parts, in steps."""
+    assert (values[0], values[-1]) == pytest.approx((ends[0], ends[-1]), abs=1e-12)
+    assert min(ends) - 1e-12 <= min(values) and max(values) <= max(ends) + 1e-12
+    widest = max(abs(a - b) for a, b in pairwise(ends))
+    steepest = max(abs(a - b) for a, b in pairwise(values))
+    assert steepest <= widest * math.pi / 2 / shortest + 1e-9
+
+
+@given(STEPS, RATES, RATES)
+def test_linear_and_cosine_go_from_start_to_final_without_a_jump(total, start, final):
+    """Both shapes reach their end points, leave the range between them nowhere, and do not jump."""
+    for shape in (linear, cosine):
+        values = [shape(step, total, start, final) for step in range(total + 1)]
+        check_curve(values, (start, final), total)
+    assert linear(0, total, start, final) == start
+    assert cosine(3 * total, total, start, final) == pytest.approx(final)  # it does not turn back
 
 
 @given(STEPS, STEPS, RATES, RATES, RATES)
-def test_schedules_start_exactly_do_not_jump_and_stay_between_their_end_points(
-    warmup, total, start, peak, final
-):
-    curves = {
-        (start, final): [
-            [f(i, total, start, final) for i in range(total + 1)] for f in (linear, cosine)
-        ],
-        (start, peak, final): [
-            [
-                warmup_cosine(i, warmup, warmup + total, start, peak, final)
-                for i in range(warmup + total + 1)
-            ]
-        ],
-    }
-    for ends, values in ((ends, values) for ends, curve in curves.items() for values in curve):
-        assert (values[0], values[-1]) == pytest.approx((ends[0], ends[-1]), abs=1e-12)
-        assert min(ends) - 1e-12 <= min(values) and max(values) <= max(ends) + 1e-12
-        steepest = max(abs(a - b) for a, b in pairwise(ends)) * math.pi / 2
-        assert max(abs(a - b) for a, b in pairwise(values)) <= steepest / min(warmup, total) + 1e-9
-    assert warmup_cosine(warmup, warmup, warmup + total, start, peak, final) == pytest.approx(
-        peak, abs=1e-12
-    )
-    assert (
-        linear(0, total, start, final)
-        == start
-        == warmup_cosine(0, warmup, total, start, peak, final)
-    )
-    assert cosine(3 * total, total, start, final) == pytest.approx(final)  # it does not turn back
+def test_the_learning_rate_warms_up_to_its_peak_and_then_decays(warmup, decay, start, peak, final):
+    """From start, exactly, to the peak at the end of the warm-up, then to final, without a jump."""
+    total = warmup + decay
+    values = [warmup_cosine(step, warmup, total, start, peak, final) for step in range(total + 1)]
+    check_curve(values, (start, peak, final), min(warmup, decay))
+    assert values[0] == start
+    assert values[warmup] == pytest.approx(peak, abs=1e-12)
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.floats(0, 30), st.floats(1, 2))
 def test_what_a_step_uses_is_a_function_of_the_step_between_the_configured_values(
-    per_epoch, epochs, warmup, stretch
+    steps_per_epoch, epochs, warmup, stretch
 ):
+    """Each scheduled value depends on the step alone and stays between its end points."""
+    ends = {"final_sharpening": 0.1, "momentum": 0.9, "final_momentum": 0.99}
     c = replace(
-        make_config({}),
-        epochs=epochs,
-        warmup_epochs=warmup,
-        schedule_stretch=stretch,
-        final_sharpening=0.1,
-        momentum=0.9,
-        final_momentum=0.99,
+        make_config({}), epochs=epochs, warmup_epochs=warmup, schedule_stretch=stretch, **ends
     )
-    values = [schedule_at(c, step, per_epoch) for step in range(epochs * per_epoch)]
-    assert values == [schedule_at(c, step, per_epoch) for step in range(epochs * per_epoch)]
+    steps = range(epochs * steps_per_epoch)
+    values = [schedule_at(c, step, steps_per_epoch) for step in steps]
+    assert values == [schedule_at(c, step, steps_per_epoch) for step in steps]
     assert (values[0].momentum, values[0].sharpening) == (c.momentum, c.sharpening)
-    limits = (
-        (c.start_lr, c.lr, c.final_lr),
-        (c.weight_decay, c.final_weight_decay),
-        (c.momentum, c.final_momentum),
-        (c.sharpening, c.final_sharpening),
-    )
-    for ends, column in zip(limits, zip(*values, strict=True), strict=True):
-        assert min(ends) - 1e-12 <= min(column) and max(column) <= max(ends) + 1e-12
+    limits = {
+        "lr": (c.start_lr, c.lr, c.final_lr),
+        "weight_decay": (c.weight_decay, c.final_weight_decay),
+        "momentum": (c.momentum, c.final_momentum),
+        "sharpening": (c.sharpening, c.final_sharpening),
+    }
+    for name, ends in limits.items():
+        for value in values:
+            assert min(ends) - 1e-12 <= getattr(value, name) <= max(ends) + 1e-12
+
+
+def tiny_model(**changes):
+    """Settings of a model that runs in a millisecond, and the model."""
+    shape = {"hidden_size": 12, "num_hidden_layers": 1, "head_hidden_size": 8, "output_dim": 4}
+    config = make_config({**shape, "num_prototypes": 4, **changes})
+    return config, train_msn.build_model(config, Processes(0, 1, CPU))
 
 
 def test_weight_decay_that_starts_at_0_rises_all_the_same():
-    config = make_config(
-        {
-            "weight_decay": 0.0,
-            "final_weight_decay": 0.4,
-            "batch_size": 4,
-            "hidden_size": 12,
-            "num_hidden_layers": 1,
-            "head_hidden_size": 8,
-            "output_dim": 4,
-            "num_prototypes": 4,
-        }
-    )
-    model = train_msn.build_model(config, train_msn.Processes(0, 1, torch.device("cpu")))
-    optimizer, decays = (
-        torch.optim.AdamW(train_msn.parameter_groups(model, config.weight_decay), fused=True),
-        [],
-    )
+    """The group that decays is known by its place, not by its first value."""
+    config, model = tiny_model(weight_decay=0.0, final_weight_decay=0.4, batch_size=4)
+    groups = train_msn.parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    my_images = slice(0, 4)
     for step in range(3):
-        views = make_views(rows_of(BATCH, slice(0, 4)), config, step, slice(0, 4))
-        train_msn.train_step(model, optimizer, *views, schedule_at(config, step, 3), 3.0)
-        decays.append([group["weight_decay"] for group in optimizer.param_groups])
-    assert (
-        decays == [[schedule_at(config, step, 3).weight_decay, 0, 0] for step in range(3)]
-        and decays[2][0] > 0
-    )
+        views = make_views(part_of(BATCH, my_images), config, step, my_images)
+        now = schedule_at(config, step, 3)
+        train_msn.train_step(model, optimizer, *views, now, 3.0)
+        assert now.weight_decay > 0
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        assert decays == [now.weight_decay, 0, 0]
 
 
 # -- k nearest neighbours --------------------------------------------------------------------------
@@ -450,129 +441,136 @@ def test_weight_decay_that_starts_at_0_rises_all_the_same():
 
 @given(SEEDS, st.integers(1, 30), st.integers(1, 40), st.floats(0.01, 1))
 def test_knn_is_a_plain_loop_over_neighbours(seed, n, k, temperature):
+    """The class with most votes: of the k most similar, each weighs exp(similarity / T)."""
     rng = np.random.default_rng(seed)
-    train, labels, queries = (
-        rng.standard_normal((n, 5)),
-        rng.integers(0, 4, n),
-        rng.standard_normal((7, 5)),
-    )
+    bank = rng.standard_normal((n, 5))
+    labels = rng.integers(0, 4, n)
+    queries = rng.standard_normal((7, 5))
     votes = np.zeros((7, labels.max() + 1))
     for q, query in enumerate(queries):
-        similarity = train @ query / np.linalg.norm(train, axis=1) / np.linalg.norm(query)
+        similarity = bank @ query / np.linalg.norm(bank, axis=1) / np.linalg.norm(query)
         for i in np.argsort(-similarity)[:k]:
             votes[q, labels[i]] += math.exp(similarity[i] / temperature)
-    ours = knn_predict(
-        torch.tensor(train).float(),
-        torch.tensor(labels),
-        torch.tensor(queries).float(),
-        k,
-        temperature,
-    )
-    assert np.allclose(
-        votes[np.arange(7), ours], votes.max(axis=1), rtol=1e-3
-    )  # a tie may go either way
+
+    bank = torch.tensor(bank).float()
+    queries = torch.tensor(queries).float()
+    ours = knn_predict(bank, torch.tensor(labels), queries, k, temperature)
+    won = votes[np.arange(7), ours]
+    assert np.allclose(won, votes.max(axis=1), rtol=1e-3)  # a tie may go either way
 
 
 @given(SEEDS, st.sampled_from([1e-30, 1e-6, 0.07]))
 def test_an_image_is_its_own_nearest_neighbour_at_any_temperature(seed, temperature):
+    """k = 1 gives each image its own label; so does any k if the temperature is near 0."""
     rng = np.random.default_rng(seed)
-    train, labels = (
-        torch.tensor(rng.standard_normal((12, 6))).float(),
-        torch.tensor(rng.permutation(12)),
-    )
-    assert knn_predict(train, labels, 3 * train, 1, temperature).equal(
-        labels
-    )  # lengths do not count
+    features = torch.tensor(rng.standard_normal((12, 6))).float()
+    labels = torch.tensor(rng.permutation(12))
+    assert knn_predict(features, labels, 3 * features, 1, temperature).equal(labels)
     if temperature < 0.01:
-        assert knn_predict(train, labels, train, 12, temperature).equal(labels)
+        assert knn_predict(features, labels, features, 12, temperature).equal(labels)
 
 
 def test_raw_pixels_are_compared_at_64_at_most(monkeypatch):
-    sizes, embed = [], train_msn.embed_images
-    monkeypatch.setattr(
-        train_msn, "embed_images", lambda *given: sizes.append(given[3]) or embed(*given)
-    )
-    data = train_msn.synthetic_images(0, train=20, val=10)
+    """The baseline of raw pixels takes images of at most 64 x 64, else it would fill the memory."""
+    sizes = []
+    embed_images = train_msn.embed_images
+
+    def watched(encoder, images, indices, size, device):
+        sizes.append(size)
+        return embed_images(encoder, images, indices, size, device)
+
+    monkeypatch.setattr(train_msn, "embed_images", watched)
+    data = synthetic_images(0, train=20, val=10)
     for size in (32, 96):
-        train_msn.knn_accuracy(
-            None, data, replace(make_config({}), image_size=size), torch.device("cpu")
-        )
+        train_msn.knn_accuracy(None, data, replace(make_config({}), image_size=size), CPU)
     assert sizes == [32, 32, 64, 64]
 
 
 def test_knn_accuracy_takes_the_settings_training_images_and_is_1_on_them():
-    images = train_msn.ImagesInMemory(
-        torch.from_numpy(
-            np.stack([p[:8, :8] for p in random_pictures(np.random.default_rng(0), 10, 8)])
-        ).permute(0, 3, 1, 2)
-    )
-    data = train_msn.Images(list("abcdefghij"), images, torch.arange(10), images, torch.arange(10))
+    """Validation images that are training images are all right."""
+    pictures = random_pictures(np.random.default_rng(0), 10, 8, 9)
+    images = ImagesInMemory(as_batch(pictures).images)
+    data = Images(list("abcdefghij"), images, torch.arange(10), images, torch.arange(10))
     config = make_config({"image_size": 8, "focal_size": 8})
-    assert train_msn.knn_accuracy(None, data, config, torch.device("cpu")) == 1.0
+    assert train_msn.knn_accuracy(None, data, config, CPU) == 1.0
 
 
-@pytest.mark.parametrize("of_prototypes", [False, True])
-def test_a_sheet_of_neighbours_shows_what_a_plain_loop_finds(of_prototypes, tmp_path, monkeypatch):
-    config = make_config(
-        {
-            "image_size": 8,
-            "focal_size": 8,
-            "hidden_size": 12,
-            "num_hidden_layers": 1,
-            "head_hidden_size": 8,
-            "output_dim": 4,
-            "num_prototypes": 9,
-        }
-    )
-    model, sheets = (
-        train_msn.build_model(config, train_msn.Processes(0, 1, torch.device("cpu"))),
-        [],
-    )
+@pytest.fixture
+def neighbours(monkeypatch, tmp_path):
+    """60 images, of which the last five are also for validation (the last one first), and a
+    function that gives header and image numbers of the sheet that save_neighbours makes."""
+    _, model = tiny_model(image_size=8, focal_size=8, num_prototypes=9)
     pixels = np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8), np.uint8)
-    images = train_msn.ImagesInMemory(torch.from_numpy(pixels))
-    data = train_msn.Images(
-        list("abcdefghij"), images, None, train_msn.ImagesInMemory(images.images.flip(0)[:5]), None
-    )
+    images = ImagesInMemory(torch.from_numpy(pixels))
+    val = ImagesInMemory(images.images.flip(0)[:5])
+    data = Images([], images, None, val, None)
+    number = {picture.transpose(1, 2, 0).tobytes(): i for i, picture in enumerate(pixels)}
+    sheets = []
     monkeypatch.setattr(
         train_msn, "save_sheet", lambda path, rows, header: sheets.append((rows, header))
     )
-    encoder = model.target_encoder
-    train_msn.save_neighbours(
-        tmp_path / "a.png",
-        encoder,
-        data,
-        8,
-        torch.device("cpu"),
-        model.prototypes if of_prototypes else None,
-    )
-    ((rows, header),) = sheets
-    features = encoder.eval().representation(train_msn.normalize(images.images / 255))
-    shown = [
-        [
-            [(i == torch.from_numpy(p).permute(2, 0, 1)).all().item() for i in images.images].index(
-                True
-            )
-            for p in row
-        ]
-        for row in rows
-    ]
-    if of_prototypes:
-        features = encoder.train().fc(encoder.norm(features))
-        similarity = torch.cosine_similarity(model.prototypes[:, None], features, dim=-1)
-        votes = similarity.argmax(dim=0).bincount(minlength=9)
-        assert header == [f"nearest {i}" for i in range(1, 8)] and len(shown) == 8
-        rows_of = [similarity.argsort(dim=1, descending=True)[c, :7].tolist() for c in range(9)]
-        chosen = [rows_of.index(row) for row in shown]
-        assert votes[chosen].tolist() == votes.sort(descending=True).values[:8].tolist()
-    else:
-        similarity = torch.cosine_similarity(features[:, None], features, dim=-1)
-        assert header[:2] == ["query", "nearest 1"] and [row[0] for row in shown] == [
-            59,
-            58,
-            57,
-            56,
-            55,
-        ]
-        assert [row[1:] for row in shown] == similarity[55:].flip(0).argsort(
-            dim=1, descending=True
-        )[:, :7].tolist()
+
+    def sheet(prototypes=None):
+        train_msn.save_neighbours(
+            tmp_path / "a.png", model.target_encoder, data, 8, CPU, prototypes
+        )
+        rows, header = sheets.pop()
+        return header, [[number[picture.tobytes()] for picture in row] for row in rows]
+
+    features = model.target_encoder.eval().representation(train_msn.normalize(images.images / 255))
+    model.train()
+    return model, features, sheet
+
+
+def test_a_sheet_of_neighbours_shows_each_image_beside_those_most_like_it(neighbours):
+    """A line for each validation image: the image, then training images by cosine similarity."""
+    _, features, sheet = neighbours
+    header, rows = sheet()
+    similarity = torch.cosine_similarity(features[:, None], features, dim=-1)
+    assert header == ["query", *(f"nearest {i}" for i in range(1, 8))]
+    assert [row[0] for row in rows] == [59, 58, 57, 56, 55]
+    for row in rows:
+        assert row[1:] == similarity[row[0]].argsort(descending=True)[:7].tolist()
+
+
+def test_a_sheet_of_prototypes_shows_what_is_most_like_those_chosen_most(neighbours):
+    """A line for each of the eight prototypes that are first choice most often."""
+    model, features, sheet = neighbours
+    header, rows = sheet(model.prototypes)
+    projections = model.target_encoder.fc(model.target_encoder.norm(features))
+    similarity = torch.cosine_similarity(model.prototypes[:, None], projections, dim=-1)
+    assert header == [f"nearest {i}" for i in range(1, 8)]
+
+    nearest = similarity.argsort(dim=1, descending=True)[:, :7].tolist()
+    shown = [nearest.index(row) for row in rows]
+    popularity = similarity.argmax(dim=0).bincount(minlength=9)
+    assert popularity[shown].tolist() == popularity.sort(descending=True).values[:8].tolist()
+
+
+# -- the built-in images and the recipes -----------------------------------------------------------
+
+
+def test_the_built_in_images_are_a_function_of_the_seed_and_balanced_in_class_and_brightness():
+    """Ten classes of equal size that brightness does not tell apart, drawn from the seed alone."""
+    data = synthetic_images(0, train=1000, val=100)
+    again = synthetic_images(0, train=1000, val=100)
+    other = synthetic_images(1, train=1000, val=100)
+    assert data.train.images.equal(again.train.images)
+    assert not data.train.images.equal(other.train.images)
+    assert data.train_labels.bincount().tolist() == [100] * 10 and len(data.classes) == 10
+    assert data.val_labels.bincount().tolist() == [10] * 10
+
+    greys = data.train.images.float().mean(dim=(1, 2, 3))
+    for label in range(10):
+        of_class = greys[data.train_labels == label]
+        # Uniform in 127.5 +- 30, each class mean within four of its standard errors.
+        assert abs(of_class.mean() - 127.5) < 4 * 60 / math.sqrt(12 * 100) + 1
+        assert of_class.std() == pytest.approx(60 / math.sqrt(12), rel=0.3)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_recipe_is_a_valid_run_on_the_images_that_it_is_named_after(recipe):
+    """A recipe's settings go together, and the small ones name their data."""
+    config = make_config({"recipe": recipe})
+    expected = {"cifar10": "cifar10", "imagenette": "imagenette"}
+    assert config.data == expected.get(recipe, "synthetic")
