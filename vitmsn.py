@@ -888,7 +888,7 @@ def show_loss_by_hand() -> None:
     print(
         f"tau = 1 / (3 log 2) = {EXAMPLE_TEMPERATURE:.2f} (paper: 0.1): exp(cos / tau) = 2^(3 cos)."
     )
-    print("Only directions count (anchor 2 is longer). The last digit is rounded.")
+    print("Only directions count (anchor 2 is longer). Rounding may move the last digit.")
     print("           vector      cos q1    q2     q3    exp(cos / tau)   p1    p2    p3")
     show_assignments("anchor", EXAMPLE_ANCHORS, log_p)
     show_assignments("target", EXAMPLE_TARGETS, log_p_target)

@@ -121,7 +121,8 @@ def test_the_shapes_follow_from_the_sizes_of_images_and_patches(output):
         "projection      b e": [2, 256] * 3,
         "assignments     b k": [2, 1024] * 3,
     }
-    tokens, attention = [], []
+    tokens = []
+    attention = []
     for kept in (whole, masked, focal):
         tokens += [2, 1 + kept, 384]
         attention += [2, 6, 1 + kept, 1 + kept]
