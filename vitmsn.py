@@ -1636,3 +1636,248 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     top = (height - size) // 2
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return image.crop((left, top, left + size, top + size))
+
+
+# ---- Worked example: python vitmsn.py ------------------------------------------------------------
+# Numbers for pencil and paper. The prototypes are the axes and the vectors have whole lengths, so a
+# cosine is a coordinate divided by the length. This tau makes exp(cosine / tau) = 2^(3 cosine).
+EXAMPLE_PROTOTYPES = torch.eye(3, dtype=torch.float64)
+EXAMPLE_ANCHORS = torch.tensor([[2, 1, -2], [4, 4, 2]], dtype=torch.float64)
+EXAMPLE_TARGETS = torch.tensor([[3, 0, 0], [2, 2, 1]], dtype=torch.float64)
+EXAMPLE_TEMPERATURE = 1 / (3 * math.log(2))
+EXAMPLE_SHARPENING = 0.5  # p^(1 / T) is p squared
+EXAMPLE_SINKHORN_ITERATIONS = 3
+
+SHAPE_LETTERS = {  # the steps of a view, in order; r = n where no patch is dropped
+    "pixels": "b c height width",
+    "patches": "b n (c p p)",
+    "patches to keep": "b r (c p p)",
+    "tokens": "b (1 + r) d",
+    "attention": "b h (1 + r) (1 + r)",
+    "class token": "b d",
+    "projection": "b e",
+    "assignments": "b k",
+}
+
+
+def worked_example() -> None:
+    """Print the shapes on their way, the loss of two images by hand, and what each part is for."""
+    show_shapes()
+    show_loss_by_hand()
+    show_variants()
+
+
+# Part 1: the shapes
+@torch.no_grad()
+def show_shapes() -> None:
+    """The shapes of two images in ViT-S/16, for a target view, a random view and a focal view."""
+    torch.manual_seed(0)
+    config = ViTMSNConfig.preset("small-16", num_hidden_layers=2)  # 12 layers have the same shapes
+    model = ViTMSNForPreTraining(config)
+
+    images = torch.rand(2, 3, 256, 256)
+    target_view = images[:, :, :224, :224]
+    random_view = images[:, :, 32:, 32:]
+    focal_view = images[:, :, 80:176, 80:176]
+
+    num_patches = config.grid_size**2
+    generator = torch.Generator().manual_seed(0)
+    patches_to_keep = sample_patches_to_keep(2, num_patches, mask_ratio=0.15, generator=generator)
+
+    columns = [
+        follow_view(model.target_encoder, model.prototypes, target_view, None),
+        follow_view(model.anchor_encoder, model.prototypes, random_view, patches_to_keep),
+        follow_view(model.anchor_encoder, model.prototypes, focal_view, None),
+    ]
+    out = model(target_view, [random_view, focal_view], [patches_to_keep, None])
+    log_k = math.log(len(model.prototypes))
+
+    print("1  THE WAY OF THE SHAPES: ViT-S/16, b = 2 images, v = 2 anchor views")
+    print("c = 3 channels, p = 16 pixels, n = (224 / 16)^2 = 196, focal (96 / 16)^2 = 36,")
+    print("r = floor(0.85 n) = 166 (15 % masked), d = 384, h = 6, e = 256, k = 1024.")
+    print_columns("", "", ["target view", "random view", "focal view"])
+    for name, letters in SHAPE_LETTERS.items():
+        shapes = [" ".join(map(str, tensors[name].shape)) for tensors in columns]
+        print_columns(name, letters, shapes)
+    untrained = f"{out.loss:.2f}, near log k = {log_k:.2f}: still a guess"
+    print_columns("loss", "(v b) k, b k -> 1", [untrained])
+
+
+def follow_view(
+    encoder: MSNEncoder, prototypes: Tensor, view: Tensor, patches_to_keep: Tensor | None
+) -> dict[str, Tensor]:
+    """One view on its way from pixels to assignments: a tensor for each name of SHAPE_LETTERS."""
+    how = {"patches_to_keep": patches_to_keep, "interpolate_pos_encoding": True}
+    patches = patchify(view, encoder.config.patch_size)
+    backbone = ViTMSNModel.forward(encoder, view, output_attentions=True, **how)
+    projection = encoder([view], [patches_to_keep])[0]
+
+    return {
+        "pixels": view,
+        "patches": patches,
+        "patches to keep": take_patches(patches, patches_to_keep),
+        "tokens": encoder.embed(view, **how),
+        "attention": backbone.attentions[0],
+        "class token": encoder.representation(view, **how),
+        "projection": projection,
+        "assignments": log_assign(projection, prototypes, temperature=0.1),
+    }
+
+
+def print_columns(name: str, letters: str, columns: list[str]) -> None:
+    """A line of the table of shapes."""
+    cells = "".join(f"{cell:14}" for cell in columns)
+    print(f"{name:16}{letters:22}{cells}".rstrip())
+
+
+# Part 2: the loss by hand
+def show_loss_by_hand() -> None:
+    """Equation (1) for two images and three prototypes, step by step."""
+    log_p = log_assign(EXAMPLE_ANCHORS, EXAMPLE_PROTOTYPES, EXAMPLE_TEMPERATURE)
+    log_p_target = log_assign(EXAMPLE_TARGETS, EXAMPLE_PROTOTYPES, EXAMPLE_TEMPERATURE)
+
+    rounds = [sharpen(log_p_target, EXAMPLE_SHARPENING)]
+    for _ in range(EXAMPLE_SINKHORN_ITERATIONS):
+        rounds.append(sinkhorn(rounds[-1], iterations=1))
+    p_plus = rounds[-1].exp()
+
+    print("\n2  THE LOSS BY HAND: two images, one anchor view each, three prototypes")
+    print("q1 = (1 0 0), q2 = (0 1 0), q3 = (0 0 1). p = exp(cos / tau) / their sum, and")
+    print(
+        f"tau = 1 / (3 log 2) = {EXAMPLE_TEMPERATURE:.2f} (paper: 0.1): exp(cos / tau) = 2^(3 cos)."
+    )
+    print("Only directions count (anchor 2 is longer). Rounding may move the last digit.")
+    print("           vector      cos q1    q2     q3    exp(cos / tau)   p1    p2    p3")
+    show_assignments("anchor", EXAMPLE_ANCHORS, log_p)
+    show_assignments("target", EXAMPLE_TARGETS, log_p_target)
+
+    show_sharpening(log_p_target, rounds[0])
+    show_sinkhorn(torch.stack(rounds).exp())
+    show_cross_entropy(log_p, p_plus)
+    show_me_max(log_p)
+    show_loss()
+
+
+def show_assignments(name: str, vectors: Tensor, log_p: Tensor) -> None:
+    """From vectors to assignments, a line for each image. vectors: b e, log_p: b k."""
+    cosines = F.cosine_similarity(vectors[:, None], EXAMPLE_PROTOTYPES, dim=-1)
+    powers = (cosines / EXAMPLE_TEMPERATURE).exp()
+
+    for i in range(len(vectors)):
+        vector = numbers(vectors[i], "3.0f")
+        cosine = numbers(cosines[i], "6.3f")
+        power = numbers(powers[i], "4.4g")
+        p = numbers(log_p[i].exp())
+        print(f"{name} {i + 1} {vector}   {cosine}   {power}   {p}")
+
+
+def show_sharpening(log_p: Tensor, log_p_plus: Tensor) -> None:
+    """Before and after the sum to 1 is restored. log_p, log_p_plus: b k."""
+    print(
+        f"\nSharpen the targets: p+ = p^(1 / T) / their sum, T = {EXAMPLE_SHARPENING} (paper: 0.25)"
+    )
+    for i in range(len(log_p)):
+        powers = (log_p[i] / EXAMPLE_SHARPENING).exp()
+        p_plus = numbers(log_p_plus[i].exp())
+        print(f"target {i + 1}   p^2 {numbers(powers)}   sum {powers.sum():.3f}   p+ {p_plus}")
+
+
+def show_sinkhorn(p_plus: Tensor) -> None:
+    """The targets before Sinkhorn and after each of its rounds. p_plus: (1 + rounds) b k."""
+    shares = zip(p_plus[0, 0], p_plus[0].sum(dim=0), strict=True)
+    quotients = " : ".join(f"{p:.3f}/{column_sum:.3f}" for p, column_sum in shares)
+    after = " : ".join(f"{p:.2f}" for p in p_plus[1, 0])
+
+    print("\nSinkhorn: divide columns by their sums, then rows. Columns tend to b / k = 0.67")
+    print("             sharpened        round 1          round 2          round 3")
+    print("target 1     " + "   ".join(numbers(p, ".2f") for p in p_plus[:, 0]))
+    print("target 2     " + "   ".join(numbers(p, ".2f") for p in p_plus[:, 1]))
+    print("column sums  " + "   ".join(numbers(p, ".2f") for p in p_plus.sum(dim=1)))
+    print("row sums     " + "        ".join(numbers(p, ".2f") for p in p_plus.sum(dim=2)))
+    print(f"target 1, round 1: {quotients} = {after}")
+
+
+def show_cross_entropy(log_p: Tensor, p_plus: Tensor) -> None:
+    """The first term of (1), for each image and their mean. log_p, p_plus: b k."""
+    print("\nCross-entropy H(p+, p) = sum of p+ (-log p): p+ of the target, p of the anchor")
+    for i in range(len(log_p)):
+        value = cross_entropy(log_p[None, i : i + 1], p_plus[i : i + 1])
+        print(f"image {i + 1}    {products(p_plus[i], -log_p[i])} = {value:.3f}")
+    print(f"mean       {cross_entropy(log_p[None], p_plus):.3f}")
+
+
+def show_me_max(log_p: Tensor) -> None:
+    """The second term of (1), from the mean of the anchors' assignments. log_p: b k."""
+    mean = log_p.exp().mean(dim=0)
+    mean_entropy = entropy(mean[None].log())
+    log_k = math.log(len(mean))
+
+    print("\nMe-max = log k - H(mean p): 0 if all prototypes are used alike, at most log k")
+    print(f"mean p     {numbers(mean)}")
+    print(f"H(mean p)  {products(mean, -mean.log())} = {mean_entropy:.3f}")
+    print(f"me-max     {log_k:.3f} - {mean_entropy:.3f} = {me_max(log_p):.3f}")
+
+
+def show_loss() -> None:
+    """Equation (1): the sum of the two terms, and the paper's form of it."""
+    out = example_loss(EXAMPLE_ANCHORS, EXAMPLE_TARGETS)
+    log_k = math.log(len(EXAMPLE_PROTOTYPES))
+    terms = f"{out.cross_entropy:.3f} + 1 x {out.memax:.3f}"  # lambda = 1, as in the paper
+    paper_loss = out.loss - log_k
+
+    print(f"\nEquation (1): cross-entropy + lambda me-max = {terms} = {out.loss:.3f}")
+    print(f"The paper has -H(mean p) for me-max: {paper_loss:.3f}, less by log k; same gradients.")
+
+
+# Part 3: what each part is for
+def show_variants() -> None:
+    """The numbers that change when one part is missing, or when all outputs coincide."""
+    together = torch.tensor([[3, 0, 0], [3, 0, 0]], dtype=torch.float64)
+    apart = torch.tensor([[3, 0, 0], [0, 3, 0]], dtype=torch.float64)
+
+    print("\n3  WHAT EACH PART IS FOR")
+    print("                        p+ of image 1   p+ of image 2   H(p+, p)  me-max   loss")
+    show_variant("as above", EXAMPLE_ANCHORS, EXAMPLE_TARGETS)
+    show_variant("T = 1", EXAMPLE_ANCHORS, EXAMPLE_TARGETS, sharpening=1.0)
+    show_variant("no Sinkhorn", EXAMPLE_ANCHORS, EXAMPLE_TARGETS, sinkhorn_iterations=0)
+    show_variant("collapse", together, together)
+    show_variant("collapse, no Sinkhorn", together, together, sinkhorn_iterations=0)
+    show_variant("apart, no Sinkhorn", apart, apart, sinkhorn_iterations=0)
+    print("T = 1: no sharpening. Nothing pulls p away from 1/3 1/3 1/3 any more.")
+    print("No Sinkhorn: image 2 is torn between q1 and q2 again, and q3 goes short. Targets")
+    print("are easier, so the loss is lower. That does not make the model better.")
+    print("Collapse: all vectors are 3 0 0. Sinkhorn makes p+ uniform, and both terms rise.")
+    print("Without it the cross-entropy finds collapse as good as two images apart (3 0 0")
+    print("and 0 3 0): only me-max tells them from each other.")
+
+
+def show_variant(name: str, anchors: Tensor, targets: Tensor, **changes) -> None:
+    """A line of part 3."""
+    out = example_loss(anchors, targets, **changes)
+    p_plus = "  ".join(numbers(p, ".2f") for p in out.target_assignments)
+    print(f"{name:24}{p_plus}  {out.cross_entropy:8.3f}  {out.memax:6.3f}  {out.loss:5.3f}")
+
+
+def example_loss(anchors: Tensor, targets: Tensor, **changes) -> MSNLoss:
+    """msn_loss with the settings of the example, some of them changed."""
+    settings = {
+        "temperature": EXAMPLE_TEMPERATURE,
+        "sharpening": EXAMPLE_SHARPENING,
+        "sinkhorn_iterations": EXAMPLE_SINKHORN_ITERATIONS,
+    }
+    return msn_loss(anchors, targets, EXAMPLE_PROTOTYPES, **{**settings, **changes})
+
+
+def numbers(values: Tensor, form: str = ".3f") -> str:
+    """The numbers of a vector as text."""
+    return " ".join(format(value, form) for value in values.tolist())
+
+
+def products(left: Tensor, right: Tensor) -> str:
+    """The products of which a scalar product is the sum, as text."""
+    pairs = zip(left.tolist(), right.tolist(), strict=True)
+    return " + ".join(f"{a:.3f} x {b:.3f}" for a, b in pairs)
+
+
+if __name__ == "__main__":
+    worked_example()
