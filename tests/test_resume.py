@@ -357,6 +357,17 @@ def test_a_truncated_or_flipped_checkpoint_is_reported_and_the_one_before_it_use
     assert capfd.readouterr().err.count("Trying the checkpoint before it") == fallen
 
 
+def test_of_several_whole_checkpoints_the_newest_is_taken(whole, tmp_path):
+    """Killed between writing a checkpoint and giving it its name, a run loses nothing."""
+    for source, target in (("previous", "previous"), ("previous", ""), ("", "next")):
+        name = f"checkpoint-{source}.pt" if source else "checkpoint.pt"
+        copy = f"checkpoint-{target}.pt" if target else "checkpoint.pt"
+        (tmp_path / copy).write_bytes((whole / name).read_bytes())
+    assert train_msn.load_checkpoint(tmp_path)["step"] == 12
+    (tmp_path / "checkpoint-next.pt").unlink()
+    assert train_msn.load_checkpoint(tmp_path)["step"] == 9
+
+
 @pytest.mark.slow
 def test_five_hundred_damages_of_a_checkpoint(whole, tmp_path):
     """The same for five hundred damages."""

@@ -540,6 +540,22 @@ def test_knn_accuracy_takes_the_settings_training_images_and_is_1_on_them():
     assert train_msn.knn_accuracy(None, data, config, CPU) == 1.0
 
 
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_a_view_shows_its_pixels_and_dropped_patches_in_pale_orange():
+    """Normalising is undone; patches that are kept stay as they are, the others get one colour."""
+    picture = random_pictures(np.random.default_rng(0), 1, 8, 9)[0]
+    pixels = train_msn.normalize(torch.from_numpy(picture).permute(2, 0, 1) / 255)
+    whole = train_msn.to_picture(pixels)
+    assert np.abs(whole.astype(int) - picture).max() <= 1
+
+    shown = train_msn.to_picture(pixels, torch.tensor([0, 3]), patch_size=4)
+    expected = whole.copy()
+    expected[:4, 4:] = expected[4:, :4] = train_msn.DROPPED
+    assert (shown == expected).all()
+
+
 @pytest.fixture
 def neighbours(monkeypatch, tmp_path):
     """60 images, of which the last five are also for validation (the last one first), and a
@@ -611,6 +627,16 @@ def test_the_built_in_images_are_a_function_of_the_seed_and_balanced_in_class_an
         # Uniform in 127.5 +- 30, each class mean within four of its standard errors.
         assert abs(of_class.mean() - 127.5) < 4 * 60 / math.sqrt(12 * 100) + 1
         assert of_class.std() == pytest.approx(60 / math.sqrt(12), rel=0.3)
+
+
+def test_the_built_in_classes_are_the_textures_that_they_are_named_after():
+    """Neighbouring pixels differ more in grain than in any other class, and least in blobs."""
+    data = synthetic_images(0, train=500, val=10)
+    pixels = data.train.images[:, 0].float()
+    roughness = pixels.diff(dim=-1).abs().mean(dim=(1, 2)) / pixels.std(dim=(1, 2))
+    by_class = [roughness[data.train_labels == c].mean().item() for c in range(10)]
+    assert data.classes[int(np.argmax(by_class))] == "grain"
+    assert data.classes[int(np.argmin(by_class))] == "blobs"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
