@@ -623,14 +623,15 @@ def crop_by_products(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     window_height, window_width = window_size.tolist()
     image_size = torch.tensor(images.shape[-2:])
     corner = torch.minimum(boxes[:, :2], image_size - window_size)  # so that no window sticks out
-    top, left = corner.to(images.device).unbind(dim=1)
-    image = torch.arange(len(boxes), device=images.device) % len(images)
-    all_windows = images.unfold(2, window_height, 1).unfold(3, window_width, 1)  # copies nothing
-    windows = all_windows[image, :, top, left].float()  # (v b) c window_height window_width
 
     start = boxes[:, :2] - corner  # of each box in its window
     row_weights = resize_matrix(start[:, 0], boxes[:, 2], window_height, size) / 255
     column_weights = resize_matrix(start[:, 1], boxes[:, 3], window_width, size)
+
+    all_windows = images.unfold(2, window_height, 1).unfold(3, window_width, 1)  # copies nothing
+    image = torch.arange(len(boxes), device=images.device) % len(images)
+    top, left = corner.to(images.device).unbind(dim=1)
+    windows = all_windows[image, :, top, left].float()  # (v b) c window_height window_width
 
     # All channels have the same weights, so they go through each product below or beside another.
     channels_below = rearrange(windows, "b c h w -> b (c h) w")
@@ -654,9 +655,9 @@ def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> 
     centre = start + (output + 0.5) * inputs_per_output
     position = torch.arange(num_inputs, device=start.device) + 0.5
 
-    distance = (position - centre).abs()
-    weights = (1 - distance / inputs_per_output.clamp(min=1)).clamp(min=0)
-    weights = weights * ((position > start) & (position < start + length))
+    distance = (position - centre).abs_() / inputs_per_output.clamp(min=1)
+    weights = (1 - distance).clamp_(min=0)
+    weights *= (position > start) & (position < start + length)
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
@@ -696,12 +697,11 @@ def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     # channel says at which of them it is, the other two how far from it. (Greys get some hue, which
     # chroma 0 takes away again.)
     scale = 1 / (6 * chroma).clamp_(min=1e-8)
-    if_red = (green - blue).mul_(scale)
-    if_green = (blue - red).mul_(scale).add_(1 / 3)
-    if_blue = (red - green).mul_(scale).add_(2 / 3)
-    hue = torch.where(value == red, if_red, torch.where(value == green, if_green, if_blue))
+    hue = (red - green).mul_(scale).add_(2 / 3)  # if blue is the largest
+    hue = torch.where(value == green, (blue - red).mul_(scale).add_(1 / 3), hue)
+    hue = torch.where(value == red, (green - blue).mul_(scale), hue)
 
-    hue = hue.add_(shift)
+    hue += shift
     hue -= hue.floor()  # back into [0, 1); on a CPU faster than % 1
 
     # Back to RGB: each channel is least + chroma * how full it is. The usual way picks one of six
