@@ -531,6 +531,7 @@ class StopSignals:
             signal.signal(number, self.notice)
 
     def notice(self, number: int, frame) -> None:
+        """The handler of both: for the next signal of this kind, the default action is back."""
         self.received = True
         signal.signal(number, signal.SIG_DFL)
 
@@ -622,14 +623,15 @@ def crop_by_products(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     window_height, window_width = window_size.tolist()
     image_size = torch.tensor(images.shape[-2:])
     corner = torch.minimum(boxes[:, :2], image_size - window_size)  # so that no window sticks out
-    top, left = corner.to(images.device).unbind(dim=1)
-    image = torch.arange(len(boxes), device=images.device) % len(images)
-    all_windows = images.unfold(2, window_height, 1).unfold(3, window_width, 1)  # copies nothing
-    windows = all_windows[image, :, top, left].float()  # (v b) c window_height window_width
 
     start = boxes[:, :2] - corner  # of each box in its window
     row_weights = resize_matrix(start[:, 0], boxes[:, 2], window_height, size) / 255
     column_weights = resize_matrix(start[:, 1], boxes[:, 3], window_width, size)
+
+    all_windows = images.unfold(2, window_height, 1).unfold(3, window_width, 1)  # copies nothing
+    image = torch.arange(len(boxes), device=images.device) % len(images)
+    top, left = corner.to(images.device).unbind(dim=1)
+    windows = all_windows[image, :, top, left].float()  # (v b) c window_height window_width
 
     # All channels have the same weights, so they go through each product below or beside another.
     channels_below = rearrange(windows, "b c h w -> b (c h) w")
@@ -653,9 +655,9 @@ def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> 
     centre = start + (output + 0.5) * inputs_per_output
     position = torch.arange(num_inputs, device=start.device) + 0.5
 
-    distance = (position - centre).abs()
-    weights = (1 - distance / inputs_per_output.clamp(min=1)).clamp(min=0)
-    weights = weights * ((position > start) & (position < start + length))
+    distance = (position - centre).abs_() / inputs_per_output.clamp(min=1)
+    weights = (1 - distance).clamp_(min=0)
+    weights *= (position > start) & (position < start + length)
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
@@ -695,12 +697,11 @@ def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     # channel says at which of them it is, the other two how far from it. (Greys get some hue, which
     # chroma 0 takes away again.)
     scale = 1 / (6 * chroma).clamp_(min=1e-8)
-    if_red = (green - blue).mul_(scale)
-    if_green = (blue - red).mul_(scale).add_(1 / 3)
-    if_blue = (red - green).mul_(scale).add_(2 / 3)
-    hue = torch.where(value == red, if_red, torch.where(value == green, if_green, if_blue))
+    hue = (red - green).mul_(scale).add_(2 / 3)  # if blue is the largest
+    hue = torch.where(value == green, (blue - red).mul_(scale).add_(1 / 3), hue)
+    hue = torch.where(value == red, (green - blue).mul_(scale), hue)
 
-    hue = hue.add_(shift)
+    hue += shift
     hue -= hue.floor()  # back into [0, 1); on a CPU faster than % 1
 
     # Back to RGB: each channel is least + chroma * how full it is. The usual way picks one of six
@@ -1041,64 +1042,77 @@ def ignore_sigterm(worker: int) -> None:
 
 # ---- The built-in images: ten kinds of grey texture ----------------------------------------------
 # A texture is a function of u and v, phases in two directions at right angles (both count size
-# size), and of noise(width): smooth noise of that shape. Values lie in [-1, 1]; the steeper the
-# tanh, the sharper the edges.
-TAU = 2 * np.pi
+# size), and of noise(width): smooth noise of that shape. Values lie in [-1, 1]: tanh makes edges of
+# a wave, the sharper the larger the factor before it.
+TWO_PI = 2 * np.pi
 SIN_60 = 0.866
 
 
 def stripes(u, v, noise):
-    return np.tanh(3 * np.sin(u))
+    sharpness = 3
+    return np.tanh(sharpness * np.sin(u))
 
 
 def checks(u, v, noise):
+    sharpness = 6
     width = 1.4  # of a square, in stripes
-    return np.tanh(6 * np.sin(u / width) * np.sin(v / width))
+    return np.tanh(sharpness * np.sin(u / width) * np.sin(v / width))
 
 
 def dots(u, v, noise):
-    dark = 0.9  # the larger, the smaller the bright dots
-    return np.tanh(4 * (np.cos(u) + np.cos(v) - dark))
+    sharpness = 4
+    threshold = 0.9  # the larger, the smaller the dots
+    return np.tanh(sharpness * (np.cos(u) + np.cos(v) - threshold))
 
 
 def waves(u, v, noise):
-    swing, length = 1.5, 1.5
-    return np.tanh(3 * np.sin(u + swing * np.sin(v / length)))
+    sharpness = 3
+    swing = 1.5
+    length = 1.5
+    return np.tanh(sharpness * np.sin(u + swing * np.sin(v / length)))
 
 
 def honeycomb(u, v, noise):
-    bright = 0.3
-    three_directions = np.cos(u) + np.cos(-u / 2 + v * SIN_60) + np.cos(-u / 2 - v * SIN_60)
-    return np.tanh(3 * (three_directions + bright))
+    sharpness = 3
+    threshold = -0.3
+    at_60_degrees = np.cos(-u / 2 + v * SIN_60)
+    at_120_degrees = np.cos(-u / 2 - v * SIN_60)
+    return np.tanh(sharpness * (np.cos(u) + at_60_degrees + at_120_degrees - threshold))
 
 
 def bricks(u, v, noise):
-    length = 1.2  # of a brick
-    odd_row = np.floor(v / np.pi) % 2  # those are shifted by half a brick
+    length = 1.2
+    odd_row = np.floor(v / np.pi) % 2  # shifted by half a brick
     joint_below = np.cos(v * 2) > 0.75
     joint_beside = np.cos(u / length + np.pi * odd_row) > 0.9
     return 1 - 2.0 * (joint_below | joint_beside)
 
 
 def zigzag(u, v, noise):
-    swing, length = 2.2, 1.6
+    sharpness = 3
+    swing = 2.2
+    length = 1.6
     triangle_wave = np.arcsin(np.sin(v / length))
-    return np.tanh(3 * np.sin(u + swing * triangle_wave))
+    return np.tanh(sharpness * np.sin(u + swing * triangle_wave))
 
 
 def rings(u, v, noise):
-    cell, density = 2.5, 2.2  # sets of rings stand side by side in square cells
-    x = (u / cell) % TAU - np.pi
-    y = (v / cell) % TAU - np.pi
-    return np.tanh(3 * np.sin(density * np.hypot(x, y)))
+    sharpness = 3
+    density = 2.2
+    cell = 2.5  # each square cell has its own set of rings
+    x = (u / cell) % TWO_PI - np.pi
+    y = (v / cell) % TWO_PI - np.pi
+    return np.tanh(sharpness * np.sin(density * np.hypot(x, y)))
 
 
 def blobs(u, v, noise):
-    return np.tanh(2 * noise(1.5))
+    sharpness = 2
+    return np.tanh(sharpness * noise(width=1.5))
 
 
 def grain(u, v, noise):
-    return np.tanh(2 * noise(0.3))
+    sharpness = 2
+    return np.tanh(sharpness * noise(width=0.3))
 
 
 TEXTURES = (stripes, checks, dots, waves, honeycomb, bricks, zigzag, rings, blobs, grain)
@@ -1125,7 +1139,7 @@ def smooth_noise(count: int, size: int, width: float, rng: np.random.Generator) 
 def draw_texture(texture: Callable, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Images of one texture, each with its own turn, period, place, bends. -> count size size."""
     one_each = (count, 1, 1)
-    turn = rng.uniform(0, TAU, one_each)
+    turn = rng.uniform(0, TWO_PI, one_each)
     period = rng.uniform(*PERIODS, one_each)
 
     y, x = np.mgrid[:size, :size]
@@ -1133,8 +1147,8 @@ def draw_texture(texture: Callable, count: int, size: int, rng: np.random.Genera
     y = y + BEND * smooth_noise(count, size, BEND_WIDTH, rng)
     along = np.cos(turn) * x + np.sin(turn) * y
     across = -np.sin(turn) * x + np.cos(turn) * y
-    u = TAU * along / period + rng.uniform(0, TAU, one_each)
-    v = TAU * across / period + rng.uniform(0, TAU, one_each)
+    u = TWO_PI * along / period + rng.uniform(0, TWO_PI, one_each)
+    v = TWO_PI * across / period + rng.uniform(0, TWO_PI, one_each)
 
     def noise(width: float) -> np.ndarray:
         return smooth_noise(count, size, width, rng)
@@ -1544,6 +1558,7 @@ class Record:
         print(erase_line + text, end=end, flush=True)
 
     def evaluation(self, step: int, epoch: float, accuracy: float) -> None:
+        """Write down and show an accuracy by k-NN."""
         self.knn.writerow({"step": step, "epoch": epoch, "accuracy": accuracy})
         new_line = "\n" if self.live else ""
         print(f"{new_line}epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}", flush=True)
@@ -1664,29 +1679,28 @@ def finish_run(
     comparison: what does k-NN get right without any training?"""
     device = model.prototypes.device
     save_encoder(folder / "encoder", model, config)
-    encoder = model.target_encoder
-    save_neighbours(folder / "neighbours.png", encoder, data, config.image_size, device)
+    path = folder / "neighbours.png"
+    save_neighbours(path, model.target_encoder, data, config.image_size, device)
     save_curves(folder)
 
     summary = {"step": step, "minutes": round(elapsed / 60, 2)}
     alone = Processes(0, 1, device)  # no other process takes part in this
-    other = build_model(replace(config, init_from=""), alone)
+    twin = build_model(replace(config, init_from=""), alone)
     if data.val is not None:
         candidates = {
-            "target encoder": encoder,
-            "untrained encoder": other.target_encoder,
+            "target encoder": model.target_encoder,
+            "untrained encoder": twin.target_encoder,
             "raw pixels": None,
         }
         for name, candidate in candidates.items():
             summary[name] = round(knn_accuracy(candidate, data, config, device), 4)
             print(f"k-NN accuracy, {name + ':':<19} {summary[name]:.3f}", flush=True)
 
-    # The trained weights in a model of one process: batch norm in the projection head of `model`
+    # From here on the twin has the trained weights. In `model`, batch norm in the projection head
     # would wait for the other processes.
-    other.load_state_dict(model.state_dict())
-    encoder = other.target_encoder
+    twin.load_state_dict(model.state_dict())
     path = folder / "prototypes.png"
-    save_neighbours(path, encoder, data, config.image_size, device, other.prototypes)
+    save_neighbours(path, twin.target_encoder, data, config.image_size, device, twin.prototypes)
     write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
     print(f"done in {summary['minutes']} minutes: {folder}/encoder, pictures *.png", flush=True)
 
@@ -1829,6 +1843,7 @@ def join_process_group(rank: int, count: int, backend: str) -> None:
 COLORS = ("#1f5fa8", "#c8501e", "#2f8a4a", "#7a4fa0", "#8a6d1f", "#555555", "#c02070")
 GREY_FRAME = "#bbbbbb"
 GREY_TEXT = "#555555"
+NEIGHBOURS = 7  # in a line of a sheet
 DROPPED = np.uint8([255, 220, 180])  # a pale orange, for patches that the encoder does not see
 
 
@@ -1922,7 +1937,7 @@ def neighbours_of_images(
     for i, nearest in zip(query_indices, nearest_features(queries, features), strict=True):
         neighbours = [picture_of(data.train, kept[place]) for place in nearest]
         rows.append([picture_of(images, i), *neighbours])
-    return ["query", *(f"nearest {place}" for place in range(1, len(rows[0])))], rows
+    return ["query", *nearest_titles(features)], rows
 
 
 def neighbours_of_prototypes(
@@ -1938,13 +1953,18 @@ def neighbours_of_prototypes(
     rows = []
     for nearest in nearest_features(queries, projections):
         rows.append([picture_of(data.train, kept[place]) for place in nearest])
-    return [f"nearest {place}" for place in range(1, len(rows[0]) + 1)], rows
+    return nearest_titles(features), rows
 
 
 def nearest_features(queries: Tensor, features: Tensor) -> list[list[int]]:
     """For each query the places of the seven features most like it, by cosine. m d, n d -> m 7."""
     similarity = F.normalize(queries, dim=-1) @ F.normalize(features, dim=-1).T
-    return similarity.topk(min(7, len(features)), dim=-1).indices.tolist()
+    return similarity.topk(min(NEIGHBOURS, len(features)), dim=-1).indices.tolist()
+
+
+def nearest_titles(features: Tensor) -> list[str]:
+    """One for each column of nearest_features."""
+    return [f"nearest {place + 1}" for place in range(min(NEIGHBOURS, len(features)))]
 
 
 def picture_of(images: Dataset, i: int) -> np.ndarray:

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from runs import TINY, make_grey_pictures, make_pictures, run_here, save_picture
 from torch.utils.data import DataLoader
@@ -225,6 +227,30 @@ def test_the_next_readable_picture_stands_in_the_same_for_every_rank_and_number_
         for whole, half in zip(*loaders, strict=True):
             assert whole.indices[6:] == half.indices
             assert whole.images[6:, :, :6, :6].equal(half.images[:, :, :6, :6])
+
+
+@given(st.integers(2, 9), st.integers(1, 5), st.integers(0, 8), st.integers(0, 99))
+def test_an_epoch_takes_each_image_once_in_an_order_of_its_own(size, steps_per_epoch, rest, seed):
+    """Whole batches of all images, none twice; another order in the next epoch.
+
+    What is left over is less than a batch. Wherever a run starts, its steps take the same images.
+    """
+    num_images = size * steps_per_epoch + min(rest, size - 1)
+    config = make_config({"batch_size": size, "seed": seed})
+
+    def images_of(steps: range) -> list[list[int]]:
+        return list(step_batches(config, num_images, steps, slice(0, size)))
+
+    two_epochs = images_of(range(2 * steps_per_epoch))
+    first, second = two_epochs[:steps_per_epoch], two_epochs[steps_per_epoch:]
+    for epoch in (first, second):
+        taken = [i for batch in epoch for i in batch]
+        assert len(set(taken)) == len(taken) == size * steps_per_epoch
+        assert set(taken) <= set(range(num_images))
+    if num_images > 20:
+        assert first != second
+    for start in range(2 * steps_per_epoch):
+        assert images_of(range(start, 2 * steps_per_epoch)) == two_epochs[start:]
 
 
 def test_a_run_names_each_unreadable_file_once_with_a_count_and_goes_on(tmp_path, capsys):

@@ -15,7 +15,13 @@ from runs import TINY, finish, make_pictures, read_columns, run_here, start, wai
 from torch.testing import assert_close
 
 import vitmsn
-from train_msn import GlobalBatchNorm1d, Processes, all_processes, mean_over_processes
+from train_msn import (
+    GlobalBatchNorm1d,
+    Processes,
+    all_processes,
+    mean_over_processes,
+    seed_dropout,
+)
 
 # -- in a group of one process ---------------------------------------------------------------------
 
@@ -83,6 +89,17 @@ def test_the_shares_of_all_processes_are_the_batch(count, size):
     for rank in range(count):
         joined += batch[Processes(rank, count, None).share_of(len(batch))]
     assert joined == batch
+
+
+def test_stochastic_depth_draws_its_own_numbers_in_each_step_and_process():
+    """The same seed, step and process give the same numbers; another of them gives others."""
+    drawn = {}
+    for case in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        seed_dropout(*case)
+        drawn[case] = torch.rand(3).tolist()
+        seed_dropout(*case)
+        assert torch.rand(3).tolist() == drawn[case]
+    assert len({tuple(numbers) for numbers in drawn.values()}) == 4
 
 
 # -- runs of several processes ---------------------------------------------------------------------

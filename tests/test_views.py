@@ -35,6 +35,7 @@ from train_msn import (
     crop_boxes,
     draw_views,
     gaussian_blur,
+    generator_for,
     knn_predict,
     linear,
     make_config,
@@ -161,6 +162,16 @@ def test_the_first_try_that_fits_is_taken_else_the_square_in_the_middle():
     assert crop_boxes(u[1:], torch.tensor([[10, 31]]), (1.0, 1.0)).tolist() == [[0, 11, 10, 10]]
 
 
+def test_the_place_of_a_box_goes_from_the_first_to_the_last_that_is_inside():
+    """The last two numbers are the place from top to bottom, then from left to right."""
+    u = torch.full((1, DRAWS["crop"]), 0.5)
+    for ends in ([0.0, 0.0], [0.0, 1 - 2**-24], [1 - 2**-24, 0.0]):
+        u[0, 2 * TRIES :] = torch.tensor(ends)
+        top, left, height, width = crop_boxes(u, torch.tensor([[50, 70]]), (0.2, 0.3))[0].tolist()
+        assert top == (50 - height if ends[0] else 0)
+        assert left == (70 - width if ends[1] else 0)
+
+
 # -- colour and blur -------------------------------------------------------------------------------
 
 ENHANCERS = {0: ImageEnhance.Brightness, 1: ImageEnhance.Contrast, 2: ImageEnhance.Color}
@@ -275,6 +286,20 @@ def test_probability_1_does_it_always_and_0_never(changes, law):
     changed = view_of(replace(never, **changes))
     for view, plain in zip(changed, view_of(never), strict=True):
         assert law(view, plain)
+
+
+def test_blur_goes_from_the_lower_to_the_higher_deviation():
+    """The second number of a blur says where between the two deviations it lies."""
+    config = replace(make_config({}), grey=0.0, color_jitter=0.0, flip=0.0, blur_sigma=(0.5, 2.0))
+    batch = as_batch(random_pictures(np.random.default_rng(0), 1, 20))
+    draws = draw_views(1, 1, torch.Generator().manual_seed(0))
+    draws["blur"][..., 0] = 0.5
+    (plain,) = views_of_one_size(batch, draws, replace(config, blur=0.0), 16, (0.5, 1.0))
+    for u in (0.0, 0.25, 0.999):
+        draws["blur"][..., 1] = u
+        (blurred,) = views_of_one_size(batch, draws, replace(config, blur=1.0), 16, (0.5, 1.0))
+        expected = gaussian_blur(plain, torch.tensor([0.5 + 1.5 * u]))
+        assert_close(blurred, expected, rtol=0, atol=1e-5)
 
 
 # -- all views of a step ---------------------------------------------------------------------------
@@ -414,6 +439,26 @@ def test_what_a_step_uses_is_a_function_of_the_step_between_the_configured_value
             assert min(ends) - 1e-12 <= getattr(value, name) <= max(ends) + 1e-12
 
 
+def test_published_schedules_are_laid_out_over_a_quarter_more_than_the_run():
+    """Warm-up by a line and decay by a cosine, one step ahead; momentum and T by lines from 0."""
+    changes = {"epochs": 40, "warmup_epochs": 10, "final_sharpening": 0.1}
+    config = replace(make_config({"recipe": "small-16"}), **changes)
+    per_epoch, run = 4, 160
+    laid_out = 1.25 * run  # 200 steps, of which 40 are the warm-up
+    for step in range(run):
+        now = schedule_at(config, step, per_epoch)
+        if step + 1 < 40:
+            lr = 2e-4 + (1e-3 - 2e-4) * (step + 1) / 40
+        else:
+            half_turn = math.pi * (step + 1 - 40) / (laid_out - 40)
+            lr = 1e-6 + (1e-3 - 1e-6) * (1 + math.cos(half_turn)) / 2
+        assert now.lr == pytest.approx(lr, rel=1e-9)
+        decay = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * (step + 1) / laid_out)) / 2
+        assert now.weight_decay == pytest.approx(decay, rel=1e-9)
+        assert now.momentum == pytest.approx(0.996 + 0.004 * step / laid_out, rel=1e-9)
+        assert now.sharpening == pytest.approx(0.25 - 0.15 * step / laid_out, rel=1e-9)
+
+
 def tiny_model(**changes):
     """Settings of a model that runs in a millisecond, and the model."""
     shape = {"hidden_size": 12, "num_hidden_layers": 1, "head_hidden_size": 8, "output_dim": 4}
@@ -495,6 +540,22 @@ def test_knn_accuracy_takes_the_settings_training_images_and_is_1_on_them():
     assert train_msn.knn_accuracy(None, data, config, CPU) == 1.0
 
 
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_a_view_shows_its_pixels_and_dropped_patches_in_pale_orange():
+    """Normalising is undone; patches that are kept stay as they are, the others get one colour."""
+    picture = random_pictures(np.random.default_rng(0), 1, 8, 9)[0]
+    pixels = train_msn.normalize(torch.from_numpy(picture).permute(2, 0, 1) / 255)
+    whole = train_msn.to_picture(pixels)
+    assert np.abs(whole.astype(int) - picture).max() <= 1
+
+    shown = train_msn.to_picture(pixels, torch.tensor([0, 3]), patch_size=4)
+    expected = whole.copy()
+    expected[:4, 4:] = expected[4:, :4] = train_msn.DROPPED
+    assert (shown == expected).all()
+
+
 @pytest.fixture
 def neighbours(monkeypatch, tmp_path):
     """60 images, of which the last five are also for validation (the last one first), and a
@@ -568,9 +629,55 @@ def test_the_built_in_images_are_a_function_of_the_seed_and_balanced_in_class_an
         assert of_class.std() == pytest.approx(60 / math.sqrt(12), rel=0.3)
 
 
+def test_the_built_in_classes_are_the_textures_that_they_are_named_after():
+    """Neighbouring pixels differ more in grain than in any other class, and least in blobs."""
+    data = synthetic_images(0, train=500, val=10)
+    pixels = data.train.images[:, 0].float()
+    roughness = pixels.diff(dim=-1).abs().mean(dim=(1, 2)) / pixels.std(dim=(1, 2))
+    by_class = [roughness[data.train_labels == c].mean().item() for c in range(10)]
+    assert data.classes[int(np.argmax(by_class))] == "grain"
+    assert data.classes[int(np.argmin(by_class))] == "blobs"
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_recipe_is_a_valid_run_on_the_images_that_it_is_named_after(recipe):
     """A recipe's settings go together, and the small ones name their data."""
     config = make_config({"recipe": recipe})
+    assert config.recipe == recipe
     expected = {"cifar10": "cifar10", "imagenette": "imagenette"}
     assert config.data == expected.get(recipe, "synthetic")
+
+
+PUBLISHED = {  # paper, Section 4 and Appendix A.1: width, layers, patch size, mask ratio, epochs
+    "small-16": (384, 12, 16, 0.15, 800),
+    "base-16": (768, 12, 16, 0.3, 600),
+    "large-16": (1024, 24, 16, 0.5, 600),
+    "base-8": (768, 12, 8, 0.3, 600),
+    "base-4": (768, 12, 4, 0.7, 300),
+    "large-7": (1024, 24, 7, 0.7, 200),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_the_published_recipes_have_the_papers_values(recipe):
+    """Shape, masking and length are the table's; the rest is common to all."""
+    c = make_config({"recipe": recipe})
+    shape = (c.hidden_size, c.num_hidden_layers, c.patch_size)
+    assert (*shape, c.mask_ratio, c.epochs) == PUBLISHED[recipe]
+    assert (c.batch_size, c.num_prototypes, c.output_dim, c.focal_views) == (1024, 1024, 256, 10)
+    assert (c.temperature, c.sharpening, c.sinkhorn_iterations) == (0.1, 0.25, 3)
+    assert (c.lr, c.weight_decay, c.final_weight_decay, c.momentum) == (1e-3, 0.04, 0.4, 0.996)
+
+
+@pytest.mark.parametrize(
+    "seed, stream, number",
+    [
+        (0, (), 6375474604893067239),
+        (0, (1, 0), 8514611595815388268),
+        (3, (1, 7), 1959411802850569424),
+        (2**31 - 1, (3, 7, 2), 8763199160917818782),
+    ],
+)
+def test_random_numbers_are_those_of_earlier_versions(seed, stream, number):
+    """Numbers are fixed for good: a run that a later version resumes must get the same ones."""
+    assert generator_for(seed, *stream).initial_seed() == number
