@@ -235,7 +235,7 @@ class FinetuneConfig:
 # A linear classifier W without intercept: image i, with features x_i and label y_i, has the class
 # probabilities p_i = softmax(W x_i). W is the minimiser of
 #
-#     L(W) = (1/b) sum_i -log p_i[y_i]  +  (lambda / b) / 2 * |W|^2.
+#     L(W) = (1/b) sum_i -log p_i[y_i]  +  (lambda / b) / 2 * |W|^2
 #
 # over the b labelled images. L is strictly convex, so there is exactly one. (In scikit-learn it is
 # LogisticRegression with C = 1 / lambda and fit_intercept=False.) The probe gives an image the
@@ -271,6 +271,7 @@ def fit_logistic_probe(
     """
     # Each row of W is a weighted sum of the x_i, as the rows of G are and the start is 0. So we
     # search in the space that the x_i span: with few labelled images it has b dimensions, not d.
+    # x and w are in its coordinates; the last line goes back.
     basis, _ = torch.linalg.qr(features.double().T)
     x = features.double() @ basis
     num_images, dimensions = x.shape
@@ -294,9 +295,9 @@ def newton_step(x: Tensor, p: Tensor, gradient: Tensor, l2: float) -> Tensor:
     x: b d, p: b classes (the probabilities at W), gradient: classes d -> step: classes d.
 
     H has (classes d)^2 entries, too many to write down; conjugate gradients only need its product
-    with a direction (`hessian_product`). They need fewer rounds when they may divide the
-    residual by a matrix M that is like H but easy to invert. Our M takes every class for an average
-    one, and leaves out that a change of one class's logit changes the other probabilities:
+    with a direction (`hessian_product`). They need fewer rounds when they may divide the residual
+    by a matrix M that is like H but easy to invert. Our M takes every class for an average one, and
+    leaves out that a change of one class's logit changes the other probabilities:
 
         M = (1/b) sum_i m_i x_i x_i^T  +  (lambda / b) I,   m_i = mean of p_ic (1 - p_ic) over c,
 

@@ -338,6 +338,46 @@ def test_training_learns_repeats_itself_and_looks_at_labelled_images_only():
     assert (predicted == labels[12:]).double().mean() > 0.9
 
 
+def test_training_is_adamw_with_smoothed_labels_clipped_gradients_and_the_schedule():
+    """The weights after three steps are those of the same three steps written out here."""
+    config = FinetuneConfig(steps=3, batch_size=4, label_smoothing=0.2, precision="float32")
+    images, labels = colored_images(10, 0)
+    trained, expected = (
+        finetune.build_classifier(tiny_encoder(patch_size=8), CLASSES, config, None)
+        for _ in range(2)
+    )
+    for model in (trained, expected):
+        torch.nn.init.normal_(
+            model.classifier.weight, std=20, generator=torch.Generator().manual_seed(0)
+        )
+    train_classifier(trained, images, labels, list(range(10)), config, 1e-3, 0.8, seed=5)
+
+    generator = finetune.generator_for(5, finetune.CROPS)
+    batches = finetune.shuffled_batches(list(range(10)), 4, generator)
+    optimizer = torch.optim.AdamW(layerwise_groups(expected.train(), 1e-3, 0.8, 0.05), fused=True)
+    highest = [group["lr"] for group in optimizer.param_groups]
+    norms = []
+    for step in range(3):
+        batch = images.__getitems__(next(batches))
+        pixels = finetune.crop_and_flip(batch.images, batch.sizes, (0.8, 1.0), 16, generator)
+        for group, lr in zip(optimizer.param_groups, highest, strict=True):
+            group["lr"] = lr * finetune.learning_rate_factor(step, 3)
+        log_p = expected(pixels).logits.log_softmax(dim=-1)
+        targets = 0.8 * F.one_hot(labels[batch.indices], 3) + 0.2 / 3
+        optimizer.zero_grad()
+        (-(targets * log_p).sum(dim=-1).mean()).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(expected.parameters(), 3.0))
+        optimizer.step()
+
+    assert max(norms) > 3  # clipping had something to do
+    start = finetune.build_classifier(tiny_encoder(patch_size=8), CLASSES, config, None)
+    for name in ("vit.pos_embed", "vit.cls_token", "classifier.weight"):
+        first = start.get_parameter(name)
+        moved = expected.get_parameter(name) - first
+        assert moved.abs().max() > 1e-5
+        assert_relatively_close(trained.get_parameter(name) - first, moved, 0.01, name)
+
+
 def test_epochs_lengthen_training_and_its_progress_is_told_ten_times(capsys):
     """The number of steps is --steps, or what --epochs passes take where that is more."""
     images, labels = colored_images(30, 0)
@@ -539,6 +579,91 @@ def test_a_method_on_frozen_features_sees_its_own_kind(method, kind, monkeypatch
     monkeypatch.setattr(finetune.Experiment, "features", features)
     assert experiment.predict(method, [0, 1, 2, 3], 0).tolist() == [0]  # validation image 0
     assert asked == [(kind, "train"), (kind, "val")]
+
+
+def test_the_published_settings_of_probe_and_nearest_neighbours(monkeypatch):
+    """The probe has lambda --l2; knn20 has 20 neighbours and T = 0.07, knn200 200 and T = 0.1."""
+    experiment = unlabelled_experiment(torch.arange(6) % 3, FinetuneConfig(l2=0.5), {}, [])
+    asked = []
+
+    def fit(features, labels, num_classes, l2, tolerance):
+        asked.append((num_classes, l2, tolerance))
+        return torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
+
+    def vote(bank, labels, features, k, temperature):
+        asked.append((k, temperature))
+
+    monkeypatch.setattr(finetune.Experiment, "features", lambda *arguments: torch.ones(6, 4))
+    monkeypatch.setattr(finetune, "fit_logistic_probe", fit)
+    monkeypatch.setattr(finetune, "knn_predict", vote)
+    for method in ("probe", "knn20", "knn200"):
+        experiment.predict(method, list(range(6)), 0)
+    assert asked == [(3, 0.5, 1e-8), (20, 0.07), (200, 0.1)]
+    assert FinetuneConfig().l2 == 0.0025
+
+
+def test_fine_tuning_starts_from_a_mild_probe_and_scratch_from_nothing(monkeypatch):
+    """Fine-tuning: pretrained encoder, probe of lambda 0.1, layer decay. Scratch: none of them."""
+    encoders = {"pretrained": "ours", "untrained": "new"}
+    experiment = unlabelled_experiment(torch.arange(6) % 3, FinetuneConfig(), {}, [])
+    experiment = replace(experiment, encoders=encoders)
+    asked = []
+
+    def fit(features, labels, num_classes, l2, tolerance):
+        asked.append((l2, tolerance))
+        return "probe"
+
+    def build(encoder, classes, config, probe):
+        asked.append((encoder, probe))
+
+    def train(model, images, labels, indices, config, lr, layer_decay, seed, verbose):
+        asked.append((indices, lr, layer_decay, seed))
+
+    monkeypatch.setattr(finetune.Experiment, "features", lambda *arguments: torch.ones(2, 4))
+    monkeypatch.setattr(finetune, "fit_logistic_probe", fit)
+    monkeypatch.setattr(finetune, "build_classifier", build)
+    monkeypatch.setattr(finetune, "train_classifier", train)
+    experiment.trained("finetune", [0, 4], 7, 0.01)
+    assert asked == [(0.1, 1e-6), ("ours", "probe"), ([0, 4], 0.01, 0.65, 7)]
+    asked.clear()
+    experiment.trained("scratch", [0, 4], 7, 0.01)
+    assert asked == [("new", None), ([0, 4], 0.01, 1.0, 7)]
+
+
+def test_the_validation_images_are_the_same_every_time():
+    """--val-images takes a part that no seed and no other random number changes; 0 takes all."""
+    images = ImagesInMemory(torch.zeros(50, 3, 2, 2))
+    data = finetune.Images(CLASSES, None, None, images, None)
+    config = FinetuneConfig(val_images=20)
+    chosen = finetune.choose_validation_images(config, data, set())
+    torch.rand(1)
+    assert finetune.choose_validation_images(replace(config, seeds="5"), data, set()) == chosen
+    assert len(set(chosen)) == 20 and chosen == sorted(chosen) != list(range(20))
+    assert finetune.choose_validation_images(FinetuneConfig(), data, set()) == list(range(50))
+
+
+def test_a_cell_has_mean_and_sample_deviation_over_its_draws(monkeypatch):
+    """Of draws right in 1/4 and 3/4 of the images: mean 1/2, deviation (n - 1) of 1 / sqrt(8)."""
+    columns = {"1/class": [[0, 1, 2], [3, 4, 5]]}
+    experiment = unlabelled_experiment(torch.arange(6) % 3, FinetuneConfig(), columns, [])
+    truth = torch.tensor([0, 1, 2, 0])
+    predicted = {0: torch.tensor([0, 0, 0, 1]), 1: torch.tensor([0, 1, 2, 1])}
+    monkeypatch.setattr(finetune.Experiment, "predict", lambda self, m, draw, seed: predicted[seed])
+    cell = finetune.measure_cell(experiment, "probe", "1/class", truth)
+    assert tuple(cell) == finetune.CELL_COLUMNS
+    assert (cell["labels"], cell["labels_per_class"], cell["draws"]) == (3, 1, "0.25 0.75")
+    assert_relatively_close([cell["mean"], cell["sd"]], [0.5, 8**-0.5], 1e-6)
+
+
+def test_a_curve_runs_from_few_labels_to_many():
+    """The plot has a line per method: accuracy over labelled images per class, left to right."""
+    cells = [
+        {"method": "probe", "labels_per_class": 5.0, "mean": 0.6},
+        {"method": "pixels", "labels_per_class": 5.0, "mean": 0.2},
+        {"method": "probe", "labels_per_class": 1.0, "mean": 0.7},
+    ]
+    curves = finetune.accuracy_curves(cells)
+    assert curves == {"probe": [(1.0, 0.7), (5.0, 0.6)], "pixels": [(5.0, 0.2)]}
 
 
 def test_the_rate_from_scratch_is_tuned_on_all_classes(monkeypatch):
