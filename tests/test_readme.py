@@ -1,4 +1,4 @@
-"""Every command and every snippet of the README runs, at a small size, so that none of them can rot."""
+"""Every command and every snippet of the README runs, at a small size: none of them can rot."""
 
 import importlib
 import re
@@ -50,7 +50,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with all that the README's commands name: pictures, an original checkpoint, a finished run."""
+    """A folder with all that the README names: pictures, an original checkpoint, a run."""
     place = tmp_path_factory.mktemp("readme")
     data = make_pictures(place / "data")
     assert (
