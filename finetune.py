@@ -153,7 +153,7 @@ class FinetuneConfig:
     )
 
     # Features and pictures
-    l2: float = opt(0.0025, "lambda of the probe, as published", range=(1e-9, 1e9))
+    l2: float = opt(0.0025, "lambda of the probe; the official code's", range=(1e-9, 1e9))
     pixel_size: int = opt(16, "largest side of the raw-pixel baseline", range=(1, 4096))
     image_size: int = opt(
         0,
@@ -178,7 +178,9 @@ class FinetuneConfig:
     )
     weight_decay: float = opt(0.05, "of AdamW", range=(0, 100))
     drop_path_rate: float = opt(
-        0.0, "stochastic depth of the last layer (train on all: 0.1)", range=(0, 0.99)
+        0.0,
+        "stochastic depth, grows to this at the last layer (train on all: 0.1)",
+        range=(0, 0.99),
     )
     label_smoothing: float = opt(
         0.1, "share of the target that all classes get alike", range=(0, 0.999)
@@ -232,12 +234,13 @@ class FinetuneConfig:
 
 # ---- The logistic probe on frozen features (paper, Appendix A.2) ---------------------------------
 #
-# A linear classifier W without intercept: image i, with features x_i and label y_i, has the class
-# probabilities p_i = softmax(W x_i). W is the minimiser of
+# A linear classifier W without intercept: image i, with prepared features x_i (center_and_scale)
+# and label y_i, has the class probabilities p_i = softmax(W x_i). Over the b labelled images, W is
+# the minimiser of
 #
 #     L(W) = (1/b) sum_i -log p_i[y_i]  +  (lambda / b) / 2 * |W|^2
 #
-# over the b labelled images. L is strictly convex, so there is exactly one. (In scikit-learn it is
+# L is strictly convex, so there is exactly one. (In scikit-learn it is
 # LogisticRegression with C = 1 / lambda and fit_intercept=False.) The probe gives an image the
 # class of the largest entry of W x.
 
@@ -259,7 +262,8 @@ def fit_logistic_probe(
 ) -> Tensor:
     """The minimiser W of L(W), found by Newton's method (paper, Appendix A.2).
 
-    features: b d, labels: b class numbers, l2: lambda -> W: classes d, float64.
+    features: b d, from center_and_scale, labels: b class numbers, l2: lambda -> W: classes d,
+    float64.
 
     From W = 0, each round computes the gradient
 
@@ -269,9 +273,10 @@ def fit_logistic_probe(
     would rise. It ends when the norm of G is below `tolerance`. (L-BFGS, the usual choice, stalls
     before it gets there at a lambda as small as 0.0025.)
     """
-    # Each row of W is a weighted sum of the x_i, as the rows of G are and the start is 0. So we
-    # search in the space that the x_i span: with few labelled images it has b dimensions, not d.
-    # x and w are in its coordinates; the last line goes back.
+    # The part of a row of W that is orthogonal to all x_i changes no logit and only adds to |W|^2:
+    # at the minimum it is 0. So we search in the space that the x_i span, which with few labelled
+    # images has b dimensions, not d. x and w are in its coordinates (of an orthonormal basis, so
+    # that |W| is the same); the last line goes back.
     basis, _ = torch.linalg.qr(features.double().T)
     x = features.double() @ basis
     num_images, dimensions = x.shape
@@ -316,7 +321,7 @@ def newton_step(x: Tensor, p: Tensor, gradient: Tensor, l2: float) -> Tensor:
     step = torch.zeros_like(gradient)
     residual = gradient  # gradient - H step
     direction = torch.zeros_like(gradient)
-    previous_product = 1.0
+    previous_product = 1.0  # of no effect: the direction before the first one is 0
 
     while residual.norm() > min(0.1, size) * size:
         # The next direction is conjugate to all earlier ones: (direction . H earlier) is 0.
@@ -326,10 +331,10 @@ def newton_step(x: Tensor, p: Tensor, gradient: Tensor, l2: float) -> Tensor:
         previous_product = product
 
         # Along it we go to the point where the residual has no part left in this direction.
-        curvature = hessian_product(x, p, direction, l2)
-        length = product / (direction * curvature).sum()
+        h_direction = hessian_product(x, p, direction, l2)
+        length = product / (direction * h_direction).sum()
         step = step + length * direction
-        residual = residual - length * curvature
+        residual = residual - length * h_direction
 
     return step
 

@@ -88,7 +88,7 @@ class TrainConfig:
     num_hidden_layers: int = opt(12, "transformer layers", range=(1, 1000))
     num_attention_heads: int = opt(6, "h", range=(1, 1000))
     intermediate_size: int = opt(0, "width of the MLP; 0 is 4 x hidden size", range=(0, 10**6))
-    drop_path_rate: float = opt(0.0, "stochastic depth of the last layer", range=(0, 0.99))
+    drop_path_rate: float = opt(0.0, "stochastic depth, at its last layer", range=(0, 0.99))
     head_hidden_size: int = opt(2048, "width of the head's hidden layers", range=(1, 10**5))
     output_dim: int = opt(256, "e, width of projections and prototypes", range=(1, 10**5))
     num_prototypes: int = opt(1024, "k", range=(2, 10**6))
@@ -128,7 +128,9 @@ class TrainConfig:
     clip_grad: float = opt(3.0, "limit of the encoder's gradient norm", range=(1e-6, 10**9))
     momentum: float = opt(0.996, "of the target encoder, at the start", range=(0, 1))
     final_momentum: float = opt(1.0, "at the end of its linear schedule", range=(0, 1))
-    schedule_stretch: float = opt(1.25, "length of all schedules, in runs", range=(1, 10))
+    schedule_stretch: float = opt(
+        1.25, "length of the schedules divided by the length of the run", range=(1, 10)
+    )
     # Machine
     device: str = opt("auto", "where to train", choices=("auto", "cpu", "cuda"))
     precision: str = opt("auto", "auto: bfloat16 where fast", choices=PRECISIONS)
@@ -200,7 +202,7 @@ RECIPES = {
         "epochs": 60,
         "knn_every": 5,
     },
-    # As published (Appendix A.1).
+    # The paper's own (Appendix A.1).
     "small-16": {**PRESETS["small-16"], "mask_ratio": 0.15, "epochs": 800},
     "base-16": {**PRESETS["base-16"], "mask_ratio": 0.3, "epochs": 600},
     "large-16": {**PRESETS["large-16"], "mask_ratio": 0.5, "epochs": 600},
@@ -274,7 +276,11 @@ def draw_views(batch: int, views: int, generator: torch.Generator) -> dict[str, 
 
 
 def make_views(batch: Batch, config: TrainConfig, step: int, my_images: slice) -> Views:
-    """Target view, random and focal anchor views of each image, and each one's patches to keep.
+    """Target view, random views and focal views of each image, and the patches to keep of each.
+
+    Each view has a crop and colours of its own: an anchor view is not the target view with patches
+    missing (that is anchor_view="target", table 9). Large views are the target view and the random
+    views, which lose patches; focal views are small crops, which lose none.
 
     A function of images, seed and step: numbers are drawn for the global batch, of which `batch`
     holds the part `my_images`, so that the number of processes changes nothing.
@@ -291,7 +297,8 @@ def make_views(batch: Batch, config: TrainConfig, step: int, my_images: slice) -
     target_view, *anchor_views = large
 
     # The focal views: small crops.
-    # Departure: the paper masks them; as in the official release, no patch of theirs is dropped.
+    # Departure: the paper speaks of a focal mask, which keeps one block of a large view's patches.
+    # As in the official code, a focal view is a small crop instead, and no mask is laid on it.
     if config.focal_views:
         focal_draws = {name: numbers[num_large:] for name, numbers in draws.items()}
         focal = views_of_one_size(batch, focal_draws, config, config.focal_size, config.focal_scale)
@@ -306,15 +313,6 @@ def make_views(batch: Batch, config: TrainConfig, step: int, my_images: slice) -
         patches_to_keep.append(drawn[my_images].to(batch.images.device, non_blocking=True))
     patches_to_keep.extend([None] * config.focal_views)
     return Views(target_view, anchor_views, patches_to_keep)
-
-
-def copy_target_draws(draws: dict[str, Tensor], config: TrainConfig) -> None:
-    """Table 9's variants, in place: random views that show what the target view shows, in other
-    colours or in the same."""
-    copied = {"own": (), "recolored": ("crop", "flip", "grey", "blur"), "target": tuple(DRAWS)}
-    for name in copied[config.anchor_view]:
-        target_view = draws[name][:1]
-        draws[name][1 : 1 + config.random_views] = target_view
 
 
 def views_of_one_size(
@@ -376,10 +374,11 @@ def warmup_cosine(
 
 
 def schedule_at(config: TrainConfig, step: int, steps_per_epoch: int) -> StepValues:
-    """The values of a step (from 0): a pure function. As published, learning rate and weight decay
-    are advanced before they are used (hence step + 1), momentum and sharpening after."""
-    # Departure: the paper's schedules end with the run; as in the official release, they are laid
-    # out over 1.25 runs (over 1 in the small recipes).
+    """The values of a step (from 0): a pure function. As in the official code, learning rate and
+    weight decay are advanced before they are used (hence step + 1) and take a whole number of
+    steps as the length of their schedule; momentum and sharpening do neither."""
+    # Departure: the paper's schedules end with the run; as in the official code, they are laid out
+    # over 1.25 runs (over 1 in the small recipes).
     total = config.schedule_stretch * steps_per_epoch * config.epochs
     whole = int(total)
     warmup = int(config.warmup_epochs * steps_per_epoch)
@@ -402,22 +401,23 @@ def train_step(
     clip_grad: float,
     precision: str = "float32",
 ) -> tuple[MSNLoss, Tensor]:
-    """One update of anchor encoder, prototypes and target encoder, by the views of make_views.
+    """One update of anchor encoder, prototypes and target encoder, from one batch of views.
 
-    model: a ViTMSNForPreTraining, or one inside DistributedDataParallel. Returns the terms of the
-    loss and the norm of the encoder's gradient. Raises FloatingPointError, before any weight has
+    model: a ViTMSNForPreTraining, or one inside DistributedDataParallel; target_view, anchor_views,
+    patches_to_keep: the fields of Views. Returns the terms of the loss and the norm that the
+    encoder's gradient had before it was clipped. Raises FloatingPointError, before any weight has
     changed, if the loss or a gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs that memory
     with torch.autocast(target_view.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        loss = model(target_view, anchor_views, patches_to_keep, now.sharpening)
-    loss.loss.backward()
+        terms = model(target_view, anchor_views, patches_to_keep, now.sharpening)
+    terms.loss.backward()
 
-    # As published, the prototypes' gradient is not part of the norm and is not clipped.
+    # As in the official code, the prototypes' gradient is not part of the norm and is not clipped.
     unwrapped = getattr(model, "module", model)  # out of DistributedDataParallel
     encoder_parameters = unwrapped.anchor_encoder.parameters()
     grad_norm = nn.utils.clip_grad_norm_(encoder_parameters, clip_grad, foreach=True)
-    check_finite(loss, grad_norm, unwrapped.prototypes.grad)
+    check_finite(terms, grad_norm, unwrapped.prototypes.grad)
 
     for group in optimizer.param_groups:
         group["lr"] = now.lr
@@ -425,7 +425,7 @@ def train_step(
     decaying["weight_decay"] = now.weight_decay
     optimizer.step()
     unwrapped.update_target(now.momentum)
-    return loss, grad_norm
+    return terms, grad_norm
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -453,19 +453,19 @@ def train(
     my_images = processes.share_of(config.batch_size)
 
     for step, batch in enumerate(load_batches(config, data.train, steps, my_images), steps.start):
-        seed_dropout(config.seed, step, processes.rank)
+        seed_drop_path(config.seed, step, processes.rank)
         batch = batch._replace(images=batch.images.to(processes.device))
         views = make_views(batch, config, step, my_images)
         now = schedule_at(config, step, steps_per_epoch)
         try:
-            loss, grad_norm = train_step(
+            terms, grad_norm = train_step(
                 parallel_model, optimizer, *views, now, config.clip_grad, config.precision
             )
         except FloatingPointError as error:
             note = f"step {step}: {error}; the last checkpoint, if any, is in {folder}."
             raise FloatingPointError(note) from None
 
-        metrics = metrics_of(loss, grad_norm, processes)
+        metrics = metrics_of(terms, grad_norm, processes)
         stop = processes.any(stop_signals.received)
         unreadable.announce(batch.unreadable)
         done = step + 1
@@ -504,7 +504,7 @@ def is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def seed_dropout(seed: int, step: int, rank: int) -> None:
+def seed_drop_path(seed: int, step: int, rank: int) -> None:
     """Seed the global generator, which only stochastic depth draws from."""
     torch.manual_seed(generator_for(seed, DROPOUT, step, rank).initial_seed())
 
@@ -537,6 +537,18 @@ class StopSignals:
 
 
 # ---- Augmentations: what views_of_one_size calls, for whole batches on the training device -------
+def copy_target_draws(draws: dict[str, Tensor], config: TrainConfig) -> None:
+    """Let random views share draws with the target view, in place (anchor_view, paper, table 9).
+
+    own: they share none, as usual. recolored: the target view's crop, flip, grey and blur, but a
+    colour jitter of their own. target: all of them, so they show the target view's very pixels.
+    """
+    copied = {"own": (), "recolored": ("crop", "flip", "grey", "blur"), "target": tuple(DRAWS)}
+    for name in copied[config.anchor_view]:
+        target_draws = draws[name][:1]
+        draws[name][1 : 1 + config.random_views] = target_draws
+
+
 RATIO_LOW = 3 / 4  # of width to height, in crops
 RATIO_HIGH = 4 / 3
 LARGE = 64  # pixels; larger images are resized one by one on a CPU
@@ -794,8 +806,11 @@ def build_model(config: TrainConfig, processes: "Processes") -> ViTMSNForPreTrai
 
 
 def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[dict]:
-    """Groups for AdamW. As published, encoder parameters of two or more dimensions decay (the first
-    group); biases, norms and prototypes do not. train_step sets the learning rates."""
+    """Groups for AdamW; train_step sets their learning rates.
+
+    As in the official code, encoder parameters of two or more dimensions decay (the first group);
+    biases, norms and prototypes do not.
+    """
     encoder = list(model.anchor_encoder.parameters())
     return [
         {"params": [p for p in encoder if p.ndim >= 2], "weight_decay": weight_decay},
@@ -807,7 +822,7 @@ def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[d
 def choose_precision(wanted: str, device: torch.device) -> str:
     """auto is bfloat16 where matrix products in it are fast: CUDA from Ampere on, CPUs with AMX.
 
-    Departure: the official release computes in float32. (Weights and the loss stay float32.)
+    Departure: the official code computes in float32. (Weights and the loss stay float32.)
     """
     if wanted != "auto":
         return wanted

@@ -21,7 +21,7 @@ Shapes are written in these letters, as in the einops patterns (in brackets the 
     b  images in a batch (B)          n  tokens, or patches of an image
     v  anchor views per image (M)     r  patches to keep: those that remain after masking
     k  prototypes (K)                 d  width of the encoder
-    e  width of the projection (d)    h  attention heads
+    e  width of the projection (d)    h  attention heads, each dh = d / h wide
     c  channels                       p  side of a square patch, in pixels (N)
 
 "b n d" is a tensor of three axes. "(v b) e" has two: along the first come all b images of the first
@@ -91,7 +91,7 @@ class ViTMSNConfig:
     label2id: dict[str, int] | None = None
     problem_type: str | None = None  # None: inferred from the labels of the first loss
     attn_implementation: str = "sdpa"  # or "eager"
-    drop_path_rate: float = 0.0  # stochastic depth of the last layer
+    drop_path_rate: float = 0.0  # stochastic depth: grows to this at the last layer
     extra: dict = field(default_factory=dict)  # other keys of a config.json, written back
 
     def __post_init__(self):  # both functions are in the file's last part, "Checks"
@@ -167,8 +167,9 @@ def sample_patches_to_keep(
     """The random mask, as the indices of the patches to keep. -> b r, ascending in each image.
 
     Every subset of r patches is equally likely, and `generator` alone decides.
-    (The paper's other mask, the focal mask, keeps one block of patches. It is a small crop made by
-    train_msn.py, from which no patches are dropped.)
+    They ascend so that positions stay in reading order; attention itself does not mind. (The
+    paper's other mask, the focal mask, keeps one block of patches. As in the official code,
+    train_msn.py makes a small crop instead, the focal view, and no mask is laid on it.)
     """
     r = num_patches_to_keep(num_patches, mask_ratio)
 
@@ -193,12 +194,12 @@ def take_patches(x: Tensor, patches_to_keep: Tensor | None) -> Tensor:
 def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d_h)) v, and the softmax itself: the probabilities.
+    """softmax(q k^T / sqrt(dh)) v, and the softmax itself: the probabilities.
 
-    query, key, value: b h n d_h, where d_h = d / h -> b h n d_h, b h n n. The query may have fewer
+    query, key, value: b h n dh, where dh = d / h -> b h n dh, b h n n. The query may have fewer
     tokens than key and value; so have the two results then.
     """
-    # To scale the query is less work than to scale the scores: n d_h products a head, not n n.
+    # To scale the query is less work than to scale the scores: n dh products a head, not n n.
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     probabilities = F.dropout(scores.softmax(dim=-1), dropout)
     return probabilities @ value, probabilities
@@ -249,9 +250,9 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Cut into heads, attend in each, join the heads, project. query: b n d -> b n d."""
-        query = rearrange(query, "b n (h d) -> b h n d", h=self.num_heads)
-        key = rearrange(key, "b n (h d) -> b h n d", h=self.num_heads)
-        value = rearrange(value, "b n (h d) -> b h n d", h=self.num_heads)
+        query = rearrange(query, "b n (h dh) -> b h n dh", h=self.num_heads)
+        key = rearrange(key, "b n (h dh) -> b h n dh", h=self.num_heads)
+        value = rearrange(value, "b n (h dh) -> b h n dh", h=self.num_heads)
         dropout = self.dropout if self.training else 0.0
 
         if output_attentions or self.implementation == "eager":  # sdpa can't return them
@@ -259,7 +260,7 @@ class Attention(nn.Module):
         else:
             out, probabilities = sdpa_attention(query, key, value, dropout)
 
-        out = self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        out = self.proj(rearrange(out, "b h n dh -> b n (h dh)"))
         return out, probabilities if output_attentions else None
 
 
@@ -631,7 +632,9 @@ AllReduce = Callable[[Tensor, str], Tensor]  # (x, "sum" or "max") -> that of x 
 
 
 def one_process(x: Tensor, op: str) -> Tensor:
-    """The reduction over all processes where there is but one. train_msn.py has the other."""
+    """With a single process, the sum or maximum over all processes is x itself.
+
+    Runs of many processes pass an all_reduce of their own (train_msn.py)."""
     return x
 
 
@@ -673,9 +676,10 @@ def batch_logsumexp(log_p: Tensor, all_reduce: AllReduce) -> Tensor:
 def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_process) -> Tensor:
     """Sinkhorn balancing (paper, Appendix A.1) in logarithms. log_p: b k, any values -> b k.
 
-    Each iteration first gives every prototype the same share of the batch, and then lets the
-    assignment of every image sum to 1. At the end only the second is exact. (The usual form scales
-    the shares to 1/k and 1/b; these constants cancel.)
+    Keeps the targets from all choosing the same few prototypes. Each iteration first gives every
+    prototype the same share of the batch, and then lets the assignment of every image sum to 1,
+    which leaves a prototype with about b / k. At the end only the images' sums are exact. (The
+    usual form scales the shares to 1/k and 1/b; these constants cancel.)
     """
     for _ in range(iterations):
         log_p = log_p - batch_logsumexp(log_p, all_reduce)  # prototypes: each column sums to 1
@@ -861,7 +865,7 @@ class MSNEncoder(ViTMSNModel):
         """Views to projections. views: v tensors b c height width of any sizes -> v b e.
 
         patches_to_keep: for each view b r, or None for all. Views of one size that keep the same
-        number of patches go through together, so batch norm takes its statistics of each size.
+        number of patches go through together, so batch norm has its own statistics for each size.
         """
         projections = [None] * len(views)
         for members in group_by_shape(views, patches_to_keep):
@@ -937,8 +941,8 @@ class ViTMSNForPreTraining(nn.Module):
             )
 
         anchors = rearrange(self.anchor_encoder(anchor_views, patches_to_keep), "v b e -> (v b) e")
-        # The target's batch norm, too, takes the statistics of its own batch, as published: keep
-        # the module in train(). Without gradient: the target encoder never learns by itself.
+        # The target's batch norm, too, takes the statistics of its own batch, as in the official
+        # code: keep the module in train(). Without gradient: the target encoder never learns.
         with torch.no_grad():
             targets = self.target_encoder([target_view], [None])[0]
 
@@ -954,7 +958,8 @@ class ViTMSNForPreTraining(nn.Module):
     def update_target(self, momentum: float) -> None:
         """target <- momentum * target + (1 - momentum) * anchor, for every parameter.
 
-        The buffers of batch norm are not averaged, as published: each encoder has its own.
+        As in the official code, the buffers of batch norm are not averaged: each encoder has its
+        own.
         """
         targets = list(self.target_encoder.parameters())
         anchors = list(self.anchor_encoder.parameters())

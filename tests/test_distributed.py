@@ -20,7 +20,7 @@ from train_msn import (
     Processes,
     all_processes,
     mean_over_processes,
-    seed_dropout,
+    seed_drop_path,
 )
 
 # -- in a group of one process ---------------------------------------------------------------------
@@ -95,9 +95,9 @@ def test_stochastic_depth_draws_its_own_numbers_in_each_step_and_process():
     """The same seed, step and process give the same numbers; another of them gives others."""
     drawn = {}
     for case in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
-        seed_dropout(*case)
+        seed_drop_path(*case)
         drawn[case] = torch.rand(3).tolist()
-        seed_dropout(*case)
+        seed_drop_path(*case)
         assert torch.rand(3).tolist() == drawn[case]
     assert len({tuple(numbers) for numbers in drawn.values()}) == 4
 
