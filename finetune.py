@@ -51,6 +51,7 @@ from train_msn import (
     generator_for,
     image_paths,
     knn_predict,
+    newest_run,
     open_data,
     opt,
     run_program,
@@ -64,10 +65,11 @@ from train_msn import (
 from vitmsn import (
     MSNEncoder,
     ViTMSNModel,
-    interpolate_positions,
     load_weights,
     normalize,
     read_pretrained,
+    resample_positions,
+    without_projection_head,
     write_file,
 )
 from vitmsn import ViTMSNForImageClassification as Classifier
@@ -597,10 +599,8 @@ def build_classifier(
     )
     model = Classifier(model_config)
 
-    weights = encoder.state_dict()
-    # An untrained encoder comes with pretraining's projection head, fc, which goes.
-    backbone = {name: x for name, x in weights.items() if not name.startswith("fc.")}
-    model.vit.load_state_dict(backbone)
+    # An untrained encoder comes with pretraining's projection head, which goes.
+    model.vit.load_state_dict(without_projection_head(encoder.state_dict()))
 
     nn.init.zeros_(model.classifier.weight)
     if probe is not None:
@@ -999,24 +999,13 @@ def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel 
                 "pixels."
             )
         model_config = replace(model_config, image_size=config.image_size)
-        grid = (model_config.grid_size, model_config.grid_size)
-        weights["pos_embed"] = interpolate_positions(weights["pos_embed"].float(), grid)
+        weights["pos_embed"] = weights["pos_embed"].float()
+        weights = resample_positions(weights, model_config)
 
     model_class = Classifier if classifier else ViTMSNModel
     model = model_class(model_config)
     load_weights(model, weights, config.checkpoint)
     return model.to(start_processes(config).device).eval()
-
-
-def newest_run() -> str:
-    """The folder in runs/ whose checkpoint was written last. Raises UsageError if there is none."""
-    checkpoints = list(Path("runs").glob("*/checkpoint.pt"))
-    if not checkpoints:
-        raise UsageError(
-            "there is no run in runs/; pretrain one by python train_msn.py, or pass --checkpoint."
-        )
-    newest = sorted(checkpoints, key=lambda path: path.stat().st_mtime)[-1]
-    return str(newest.parent)
 
 
 def run_folder(checkpoint: str) -> Path:
@@ -1079,7 +1068,13 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     go by default. Raises UsageError if something is missing.
     """
     if not config.checkpoint:
-        config = replace(config, checkpoint=newest_run())
+        newest = newest_run(with_checkpoint=True)
+        if newest is None:
+            raise UsageError(
+                "there is no run in runs/; pretrain one by python train_msn.py, or pass "
+                "--checkpoint."
+            )
+        config = replace(config, checkpoint=str(newest))
     run = run_folder(config.checkpoint)
     saved = saved_settings(run)
     source = config.data or saved.get("data")
