@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import train_msn
 from vitmsn import (
     PRESETS,
     ViTMSNConfig,
@@ -455,3 +456,16 @@ def test_models_built_on_the_meta_device_take_weights_later():
         actual = torch.utils._pytree.tree_leaves(filled(*inputs))
         expected = torch.utils._pytree.tree_leaves(source(*inputs))
         assert_close(actual, expected)
+
+
+def test_pretraining_starts_with_the_deviation_that_the_settings_name():
+    """Every matrix of the blocks is drawn with initializer_range, cut at two deviations, which
+    leaves 0.88 of it."""
+    for deviation in (0.02, 0.1):
+        config = train_msn.make_config({"initializer_range": deviation})
+        processes = train_msn.Processes(0, 1, torch.device("cpu"))
+        encoder = train_msn.build_model(config, processes).anchor_encoder
+        for name, weight in encoder.blocks.named_parameters():
+            if weight.ndim == 2:
+                assert weight.std().item() == pytest.approx(0.88 * deviation, rel=0.03), name
+                assert weight.abs().max() <= 2 * deviation, name
