@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tarfile
@@ -487,7 +488,7 @@ def train(
                 save_checkpoint(folder, model, optimizer, config, done, record.elapsed())
             if stop:
                 command = f"the same command with --resume --output-dir {folder}"
-                print(f"\nstopped after step {done}; go on by {command}")
+                say(f"stopped after step {done}; go on by {command}")
         if stop:
             return
 
@@ -967,7 +968,7 @@ class UnreadableFiles:
         for path in sorted(set(paths) - self.known):
             self.known.add(path)
             note = f"{path} is no readable image ({len(self.known)} so far); the next stands in"
-            print(f"\n{note}", file=sys.stderr)
+            say(note, sys.stderr)
 
 
 def load_image(path: Path, side: int) -> Tensor:
@@ -1526,7 +1527,6 @@ class Record:
     """What a run says of its progress: metrics.csv, knn.csv, and lines on the terminal."""
 
     def __init__(self, folder: Path, config: TrainConfig, steps: range, elapsed: float):
-        self.last_step = steps.stop
         self.batch_size = config.batch_size
         self.live = sys.stdout.isatty()
         self.pause = 0.5 if self.live else 20  # seconds between lines
@@ -1535,10 +1535,12 @@ class Record:
         self.metrics = csv.DictWriter(metrics, METRICS, lineterminator="\n")
         self.knn = csv.DictWriter(knn, KNN_COLUMNS, lineterminator="\n")
 
-        now = time.perf_counter()
-        self.start = now - elapsed  # as if the run had never been interrupted
-        self.step_start = now
-        self.shown = now  # when the last line was
+        self.steps = steps
+        self.session_start = time.perf_counter()
+        self.start = self.session_start - elapsed  # as if the run had never been interrupted
+        self.step_start = self.session_start
+        self.shown = self.session_start  # when the last line was
+        self.header = ""  # the names of its columns, as they were printed last
 
     def elapsed(self) -> float:
         """Seconds of training, over all resumptions."""
@@ -1554,34 +1556,81 @@ class Record:
         line["elapsed_seconds"] = clock - self.start
         self.metrics.writerow(line)
 
-        if clock - self.shown >= self.pause or step + 1 >= self.last_step:
+        if clock - self.shown >= self.pause or step + 1 == self.steps.stop:
             self.shown = clock
             self.show(line)
 
     def show(self, line: dict[str, float]) -> None:
-        """Print a line of metrics.csv for people: on a terminal in place of the one before."""
+        """Print a line of metrics.csv for people: on a terminal in place of the one before, and no
+        wider than the terminal is now. The columns are named above it, once."""
         done = line["step"] + 1
-        seconds_per_step = line["elapsed_seconds"] / done
-        seconds_left = round(seconds_per_step * (self.last_step - done))
-        text = (
-            f"step {done}/{self.last_step}  epoch {line['epoch']:.1f}  loss {line['loss']:.3f}  "
-            f"cross-entropy {line['cross_entropy']:.3f}  me-max {line['memax']:.3f}  "
-            f"prototypes {line['prototypes_used']}  lr {line['lr']:.1e}  "
-            f"{self.batch_size / seconds_per_step:.0f} images/s  "
-            f"{timedelta(seconds=seconds_left)} left"
-        )
-        if not self.live:
-            print(text, flush=True)
-            return
-        erase_line = "\r\033[K"
-        end = "" if done < self.last_step else "\n"
-        print(erase_line + text, end=end, flush=True)
+        session_seconds = time.perf_counter() - self.session_start
+        seconds_per_step = session_seconds / (done - self.steps.start)
+        steps_left = self.steps.stop - done
+        cells = {
+            "step": f"{done}/{self.steps.stop}".rjust(2 * len(str(self.steps.stop)) + 1),
+            "epoch": f"{line['epoch']:.1f}",
+            "images/s": f"{self.batch_size / seconds_per_step:.0f}",
+            "left": clock_time(seconds_per_step * steps_left),
+            "loss": f"{line['loss']:.3f}",
+            "cross-entropy": f"{line['cross_entropy']:.3f}",
+            "me-max": f"{line['memax']:.3f}",
+            "prototypes": f"{line['prototypes_used']:.0f}",  # ... in use
+            "lr": f"{line['lr']:.1e}",
+            "gradient norm": f"{line['grad_norm']:.2f}",
+            "top assignment": f"{line['top_assignment']:.3f}",
+            "momentum": f"{line['momentum']:.4f}",
+        }
+        header, text = fit_columns(cells, shutil.get_terminal_size().columns - 1)
+        if header != self.header:
+            say(header)
+            self.header = header
+        say(text, stays=not self.live or not steps_left)
 
     def evaluation(self, step: int, epoch: float, accuracy: float) -> None:
         """Write down and show an accuracy by k-NN."""
         self.knn.writerow({"step": step, "epoch": epoch, "accuracy": accuracy})
-        new_line = "\n" if self.live else ""
-        print(f"{new_line}epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}", flush=True)
+        say(f"epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}")
+
+
+COLUMN_WIDTHS = {
+    "epoch": 5,
+    "left": 8,
+    "loss": 6,
+    "lr": 7,
+}  # where the name is narrower than the values
+
+
+def fit_columns(cells: dict[str, str], width: int) -> tuple[str, str]:
+    """Names and values as two lines, of the first columns that fit into `width` characters."""
+    names = ""
+    values = ""
+    for name, value in cells.items():
+        column_width = max(len(name), len(value), COLUMN_WIDTHS.get(name, 0))
+        if len(names) + column_width > width:
+            break
+        names += name.rjust(column_width) + "  "
+        values += value.rjust(column_width) + "  "
+    return names.rstrip(), values.rstrip()
+
+
+def clock_time(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03; from 100 hours on, days and hours."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours < 100:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{hours // 24}d {hours % 24:02}h"
+
+
+ERASE_LINE = "\r\033[K"  # for terminals: back to the start of the line, and clear it
+
+
+def say(text: str, file: TextIO | None = None, stays: bool = True) -> None:
+    """Print a line, on a terminal in place of the last one that was said not to stay."""
+    file = file or sys.stdout
+    start = ERASE_LINE if file.isatty() else ""
+    print(start + text, end="\n" if stays else "", file=file, flush=True)
 
 
 def save_checkpoint(
@@ -1722,7 +1771,8 @@ def finish_run(
     path = folder / "prototypes.png"
     save_neighbours(path, twin.target_encoder, data, config.image_size, device, twin.prototypes)
     write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
-    print(f"done in {summary['minutes']} minutes: {folder}/encoder, pictures *.png", flush=True)
+    took = clock_time(elapsed)
+    print(f"done in {took} (h:mm:ss): {folder}/encoder, pictures *.png", flush=True)
 
 
 def save_encoder(folder: Path, model: ViTMSNForPreTraining, config: TrainConfig) -> None:
@@ -2086,7 +2136,7 @@ def run_program(main: Callable[[list[str]], Any], argv: list[str] | None = None)
         if debug:
             raise
         one_line = " ".join(str(error).split())
-        print(f"error: {one_line or type(error).__name__}", file=sys.stderr)
+        say(f"error: {one_line or type(error).__name__}", sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

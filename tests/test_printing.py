@@ -1,0 +1,191 @@
+"""What the programs print: a live line that fits the terminal, and this session's figures."""
+
+import contextlib
+import io
+import re
+import shutil
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train_msn import (
+    LOSS_COLUMNS,
+    Record,
+    StepValues,
+    TrainConfig,
+    clock_time,
+    fit_columns,
+    say,
+)
+
+# ---- A terminal, without one ---------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """Says that it is a terminal, and keeps what is printed inside `with Terminal():`."""
+
+    def __enter__(self):
+        self.redirection = contextlib.redirect_stdout(self)
+        self.redirection.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.redirection.__exit__(*error)
+
+    def isatty(self) -> bool:
+        return True
+
+    def screen(self) -> list[str]:
+        """The lines that a person sees, none of them wrapped."""
+        lines = []
+        for line in self.getvalue().split("\n"):
+            last_writing = line.split("\r\033[K")[-1]
+            lines.append(last_writing)
+        return lines
+
+    def longest_writing(self) -> int:
+        """Of the lines that stood there at any time, the length of the longest."""
+        return max(len(text) for text in re.split("\r\033\\[K|\n", self.getvalue()))
+
+
+class Clock:
+    """Stands for time.perf_counter."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+def set_width(monkeypatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert shutil.get_terminal_size().columns == columns
+
+
+def take_steps(record: Record, steps, clock: Clock, seconds: float = 2.0) -> None:
+    """Let a record see steps that take so many seconds each."""
+    for step in steps:
+        clock.now += seconds
+        metrics = {**dict.fromkeys(LOSS_COLUMNS, 1.25), "grad_norm": 2.5, "prototypes_used": 64}
+        now = StepValues(lr=1e-3, weight_decay=0.1, momentum=0.99, sharpening=0.25)
+        record.step(step, (step + 1) / 62, metrics, now)
+
+
+# ---- The live line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 140])
+def test_the_live_line_is_one_line_below_its_header(width, clock, tmp_path, monkeypatch):
+    """Whatever the width, the header stands once, and all updates are written over one line."""
+    set_width(monkeypatch, width)
+    with Terminal() as terminal:
+        record = Record(tmp_path, TrainConfig(), range(620), elapsed=0.0)
+        take_steps(record, range(20), clock)
+
+    header, line = terminal.screen()
+    assert header.split()[:3] == ["step", "epoch", "images/s"]
+    assert line.split()[:3] == ["20/620", "0.3", "512"]
+    assert len(header) == len(line)
+    assert terminal.longest_writing() < width  # the last column stays free: some terminals wrap
+
+
+def test_eighty_columns_show_progress_and_all_parts_of_the_loss(clock, tmp_path, monkeypatch):
+    """The essential is there on a terminal of 80 columns, up to 9999 steps."""
+    set_width(monkeypatch, 80)
+    with Terminal() as terminal:
+        record = Record(tmp_path, TrainConfig(), range(9999), elapsed=0.0)
+        take_steps(record, range(2), clock)
+    names = terminal.screen()[0].split()
+    expected = "step epoch images/s left loss cross-entropy me-max prototypes"
+    assert names == expected.split()
+
+
+def test_a_terminal_that_grows_wider_gets_more_columns(clock, tmp_path, monkeypatch):
+    """The width is that of the moment; new columns come with a new header."""
+    set_width(monkeypatch, 60)
+    with Terminal() as terminal:
+        record = Record(tmp_path, TrainConfig(), range(620), elapsed=0.0)
+        take_steps(record, range(3), clock)
+        set_width(monkeypatch, 120)
+        take_steps(record, range(3, 6), clock)
+
+    narrow, wide, line = terminal.screen()
+    assert wide.startswith(narrow) and len(wide) > len(narrow)
+    assert line.split()[0] == "6/620"
+
+
+def test_an_accuracy_stands_above_the_live_line(clock, tmp_path):
+    """A line of k-NN takes the live line's place, which comes back below it."""
+    with Terminal() as terminal:
+        record = Record(tmp_path, TrainConfig(), range(620), elapsed=0.0)
+        take_steps(record, range(2), clock)
+        record.evaluation(2, 1.0, 0.5)
+        take_steps(record, range(2, 4), clock)
+    _, accuracy, line = terminal.screen()
+    assert accuracy == "epoch 1: k-NN accuracy 0.500"
+    assert line.split()[0] == "4/620"
+
+
+def test_the_last_step_s_line_stays(clock, tmp_path):
+    """What is printed after the last step begins on a line of its own."""
+    with Terminal() as terminal:
+        record = Record(tmp_path, TrainConfig(), range(3), elapsed=0.0)
+        take_steps(record, range(3), clock)
+        say("done")
+    header, line, done, _ = terminal.screen()
+    assert line.split()[:4] == ["3/3", "0.0", "512", "0:00:00"]
+    assert done == "done" and len(header) == len(line)
+
+
+def test_speed_and_time_left_are_those_of_this_session(clock, tmp_path):
+    """A resumed run says nothing of how fast the sessions before it were."""
+    with Terminal() as terminal:
+        record = Record(tmp_path, TrainConfig(batch_size=64), range(100, 200), elapsed=1e6)
+        take_steps(record, range(100, 110), clock, seconds=2.0)
+    step, _, speed, left, *_ = terminal.screen()[1].split()
+    assert (step, speed, left) == ("110/200", "32", "0:03:00")
+
+
+def test_in_a_file_each_line_stays(clock, tmp_path, capsys):
+    """Where there is no terminal, nothing is erased: a header, and a line every 20 seconds."""
+    record = Record(tmp_path, TrainConfig(), range(620), elapsed=0.0)
+    take_steps(record, range(25), clock, seconds=2.0)
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "10/620", "20/620"]
+    assert "\r" not in printed and "\033" not in printed
+
+
+@given(
+    st.dictionaries(st.text("abc ", min_size=1), st.text("0123.", max_size=9)), st.integers(0, 200)
+)
+def test_as_many_columns_as_fit_are_shown_in_their_order(cells, width):
+    """The lines are those of the first columns, and no wider than asked for."""
+    names, values = fit_columns(cells, width)
+    assert max(len(names), len(values)) <= width
+    whole_names, whole_values = fit_columns(cells, 10**6)
+    assert whole_names.startswith(names) and whole_values.startswith(values)
+
+
+@given(st.integers(0, 100 * 3600 - 1))
+def test_clock_time_is_hours_minutes_and_seconds(seconds):
+    """Read back, the text is the same number of seconds; it has at most 8 characters."""
+    text = clock_time(seconds)
+    hours, minutes, rest = map(int, text.split(":"))
+    assert hours * 3600 + minutes * 60 + rest == seconds
+    assert minutes < 60 and rest < 60 and len(text) <= 8
+
+
+def test_long_times_are_days_and_hours():
+    """From 100 hours on nobody wants seconds."""
+    assert clock_time(100 * 3600) == "4d 04h"
