@@ -44,10 +44,12 @@ from train_msn import (
     choose_precision,
     crop_boxes,
     draw_views,
+    first_look,
     generator_for,
     make_config,
     make_views,
     parameter_groups,
+    recipe_settings,
     run_program,
     schedule_at,
     start_processes,
@@ -779,6 +781,8 @@ def add_source_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
+PRESET_BATCH = 8  # images a step; the published 1024 must be asked for
+
 # What a suite would ignore it refuses, and says what to use instead. These are the settings of
 # train_msn.py that no suite looks at ...
 NO_FILES = "it reads no files, its pictures are random; use train_msn.py for your own."
@@ -897,19 +901,37 @@ class RefusedFlag(argparse.Action):
         raise UsageError(f"bench.py {self.suite} does not take {option_string}: {self.instead}")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line, with a subcommand for each suite."""
+def shown_defaults(suite: Suite, preset: str | None, recipe: str | None) -> dict[str, Any]:
+    """The settings, by field name, that the help of a suite shows as its defaults."""
+    recipe = recipe or suite.recipe
+    if preset in PRESETS:
+        recipe = preset
+    few_images = {"batch_size": PRESET_BATCH} if recipe in PRESETS else {}
+    return {**recipe_settings(recipe), **few_images, **suite.changes}
+
+
+def make_parser(preset: str | None = None, recipe: str | None = None) -> argparse.ArgumentParser:
+    """The command line, with a subcommand for each suite.
+
+    preset, recipe: those whose values the help texts show; by default those of each suite.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s [" + " | ".join(SUITES) + "] [--flag value ...]; more by SUITE --help",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = parser.add_subparsers(dest="suite")
+    subparsers = parser.add_subparsers(dest="suite", prog="bench.py")
     for name, suite in SUITES.items():
         summary = suite.run.__doc__.splitlines()[0]
         # "resolve": a flag that is added again replaces the one before.
         subparser = subparsers.add_parser(
-            name, help=summary, description=suite.run.__doc__, conflict_handler="resolve"
+            name,
+            usage="%(prog)s [--flag value ...]; more by --help",
+            help=summary,
+            description=suite.run.__doc__,
+            conflict_handler="resolve",
         )
-        add_flags(subparser, TrainConfig)
+        add_flags(subparser, TrainConfig, shown_defaults(suite, preset, recipe))
         for setting, instead in suite.refusals().items():
             flag = setting.replace("_", "-")
             subparser.add_argument(
@@ -947,7 +969,7 @@ def training_config(args: argparse.Namespace, device: torch.device) -> TrainConf
         recipe = "small-16" if "hidden_size" in given else suite.recipe
     settings = {"recipe": recipe}
     if recipe in PRESETS:
-        settings["batch_size"] = 8  # the published 1024 must be asked for
+        settings["batch_size"] = PRESET_BATCH
     config = make_config({**settings, **suite.changes, **given, "device": device.type})
 
     for name in ("focal_size", "focal_scale"):
@@ -1020,9 +1042,13 @@ def print_table(records: list[dict]) -> None:
 
 def main(argv: list[str]) -> None:
     """The command line; without the name of a suite, inference."""
+    if argv and not argv[0].startswith("-") and argv[0] not in SUITES:
+        raise UsageError(f"bench.py has no suite {argv[0]}; use {', '.join(SUITES)}.")
     if not argv or argv[0] not in (*SUITES, "-h", "--help"):
         argv = ["inference", *argv]
-    args = make_parser().parse_args(argv)
+    preset = first_look(argv, "--preset")
+    recipe = first_look(argv, "--recipe")
+    args = make_parser(preset, recipe).parse_args(argv)
 
     setup = make_setup(args)
     config = training_config(args, setup.device)

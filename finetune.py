@@ -19,6 +19,7 @@ labelled images. Validation images choose nothing.
 
 import argparse
 import csv
+import inspect
 import io
 import json
 import math
@@ -1320,6 +1321,7 @@ COMMANDS = {
 }
 COMMON_FLAGS = ("image_size", "device")  # of all of them
 THEIR_FLAGS = ("top", "csv", "output")  # of no use to train and the table
+TABLE_FLAGS = ("methods", "full", "l2", "pixel_size", "scratch_lr")  # of no use to train
 
 TRAIN_DEFAULTS = {
     "labels_per_class": "",
@@ -1345,30 +1347,70 @@ def train_settings(given: dict) -> dict:
     return {**TRAIN_DEFAULTS, **TRAIN_ON_ALL_LABELS, **given}
 
 
-def main(argv: list[str]) -> None:
-    """The table, or what the first word says."""
-    command = ""
-    if argv and (argv[0] == "train" or argv[0] in COMMANDS):
-        command = argv[0]
-        argv = argv[1:]
+def flags_without_use(command: str) -> set[str]:
+    """The fields of FinetuneConfig that a command, or the table (""), makes no use of."""
+    if command in COMMANDS:
+        used = {*COMMON_FLAGS, *COMMANDS[command].flags}
+        return {f.name for f in fields(FinetuneConfig)} - used
+    if command == "train":
+        return {*THEIR_FLAGS, *TABLE_FLAGS}
+    return set(THEIR_FLAGS)
+
+
+def what_it_does(function: Callable) -> str:
+    """A function's docstring for users: without its last paragraph, on errors."""
+    return inspect.getdoc(function).partition("\n\nRaises")[0]
+
+
+def make_parser(command: str) -> argparse.ArgumentParser:
+    """The command line of a command, or of the table ("")."""
+    usage = "%(prog)s [--flag value ...]; more by --help"
+    description = __doc__
+    defaults = {}
+    if command in COMMANDS:
+        usage = "%(prog)s CHECKPOINT IMAGES [IMAGES ...] [--flag value ...]; more by --help"
+        description = what_it_does(COMMANDS[command].run)
+    if command == "train":
+        description = what_it_does(train_and_save)
+        defaults = {**TRAIN_DEFAULTS, **TRAIN_ON_ALL_LABELS}
 
     parser = argparse.ArgumentParser(
         prog=f"finetune.py {command}".strip(),
-        description=__doc__,
+        usage=usage,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if command in COMMANDS:
-        parser.add_argument("source", metavar="checkpoint")
-        parser.add_argument("images", nargs="+")
-    add_flags(parser, FinetuneConfig)
-    given = vars(parser.parse_args(argv))
+        checkpoint_help = "a run of ours, a transformers folder or an original .pth.tar"
+        parser.add_argument("source", metavar="CHECKPOINT", help=checkpoint_help)
+        parser.add_argument("images", metavar="IMAGES", nargs="+", help="pictures, or folders")
+    add_flags(parser, FinetuneConfig, defaults, hidden=flags_without_use(command))
+    return parser
+
+
+def command_in(argv: list[str]) -> str:
+    """The command that a command line begins with, "" for none. Raises UsageError for others."""
+    if not argv or argv[0].startswith("-"):
+        return ""
+    commands = ("train", *COMMANDS)
+    if argv[0] not in commands:
+        raise UsageError(
+            f"finetune.py has no command {argv[0]}; use {', '.join(commands)}, or none for the "
+            "table."
+        )
+    return argv[0]
+
+
+def main(argv: list[str]) -> None:
+    """The table, or what the first word says."""
+    command = command_in(argv)
+    if command:
+        argv = argv[1:]
+    given = vars(make_parser(command).parse_args(argv))
     source = given.pop("source", None)
     images = given.pop("images", None)
 
-    if command in COMMANDS:
-        unused = given.keys() - {*COMMON_FLAGS, *COMMANDS[command].flags}
-    else:
-        unused = given.keys() & set(THEIR_FLAGS)
+    unused = given.keys() & flags_without_use(command)
     if unused:
         flag = min(unused).replace("_", "-")
         raise UsageError(f"{command or 'the table'} has no use for --{flag}.")

@@ -7,18 +7,27 @@ import shutil
 import time
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bench
+import finetune
+import train_msn
 from train_msn import (
     LOSS_COLUMNS,
+    RECIPE_LINES,
+    RECIPES,
     Record,
     StepValues,
     TrainConfig,
     clock_time,
     fit_columns,
+    make_config,
+    run_program,
     say,
 )
+from vitmsn import ViTMSNModel
 
 # ---- A terminal, without one ---------------------------------------------------------------------
 
@@ -189,3 +198,104 @@ def test_clock_time_is_hours_minutes_and_seconds(seconds):
 def test_long_times_are_days_and_hours():
     """From 100 hours on nobody wants seconds."""
     assert clock_time(100 * 3600) == "4d 04h"
+
+
+# ---- Help, and what comes of a mistyped command line ---------------------------------------------
+
+
+def help_of(program, words: list[str], capsys) -> str:
+    """What a program prints for --help, with single spaces."""
+    with pytest.raises(SystemExit) as stop:
+        program.main([*words, "--help"])
+    assert stop.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_help_names_every_recipe_with_its_line(capsys):
+    """Whoever asks for help sees all recipes, what they are for and how long they take."""
+    printed = help_of(train_msn, [], capsys)
+    assert RECIPE_LINES.keys() == RECIPES.keys()
+    for name, line in RECIPE_LINES.items():
+        assert f"{name} {line}" in printed
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_line_of_a_recipe_says_its_size_and_length(recipe):
+    """Pixels, parameters, epochs and GPU hours in the line are those of the settings."""
+    config = make_config({"recipe": recipe})
+    with torch.device("meta"):
+        encoder = ViTMSNModel(config.model_config())
+    millions = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+    line = RECIPE_LINES[recipe]
+    assert f"{config.image_size} pixels" in line
+    assert float(re.search(r"([\d.]+) M parameters", line)[1]) == pytest.approx(millions, rel=0.15)
+
+    gpu_hours = re.search(r"(\d+) GPU hours", line)
+    assert bool(gpu_hours) == (config.data != "imagenette" and config.image_size == 224)
+    if gpu_hours:
+        flops_per_image = bench.step_flops(config) / config.batch_size
+        seconds = flops_per_image * 1_281_167 * config.epochs / (0.4 * 989e12)
+        assert f"{config.epochs} epochs" in line
+        assert float(gpu_hours[1]) == pytest.approx(seconds / 3600, rel=0.05)
+
+
+TAKES = [  # command, flags that its help shows, flags that it does not show
+    ("", ["--methods", "--l2"], ["--top", "--csv", "--output "]),
+    ("train", ["--lr", "--labels-per-class"], ["--methods", "--l2", "--csv"]),
+    ("predict", ["CHECKPOINT IMAGES", "--top", "--csv"], ["--checkpoint", "--lr", "--output"]),
+    ("attention", ["CHECKPOINT IMAGES", "--output-dir"], ["--top", "--seeds"]),
+    ("embed", ["CHECKPOINT IMAGES", "--output "], ["--output-dir", "--top"]),
+    ("neighbours", ["CHECKPOINT IMAGES", "--output "], ["--output-dir", "--csv"]),
+]
+
+
+@pytest.mark.parametrize("command, shown, not_shown", TAKES, ids=[row[0] for row in TAKES])
+def test_the_help_of_a_command_shows_the_flags_that_it_takes_and_no_others(
+    command, shown, not_shown, capsys
+):
+    """finetune.py's commands say what each of them takes."""
+    printed = help_of(finetune, command.split(), capsys)
+    options = printed.partition("options:")[2] if command == "" else printed
+    for text in shown:
+        assert text in printed
+    for text in not_shown:
+        assert text not in options
+
+
+def test_the_help_of_train_shows_its_own_defaults(capsys):
+    """`train` without flags takes all labels for ten epochs, and its help says so."""
+    printed = help_of(finetune, ["train"], capsys)
+    assert "(default: 10.0)" in printed.partition("--epochs")[2][:120]
+    assert "Raises" not in printed
+
+
+@pytest.mark.parametrize(
+    "words, batch_size",
+    [
+        (["train"], 64),
+        (["train", "--recipe", "base-16"], 8),
+        (["train", "--preset", "large-7"], 8),
+        (["views", "--recipe", "cifar10"], 64),
+    ],
+)
+def test_the_help_of_a_suite_shows_the_values_that_it_would_take(words, batch_size, capsys):
+    """bench.py's help shows the recipe's or the preset's values, not the dataclass's."""
+    printed = help_of(bench, words, capsys)
+    assert f"(default: {batch_size})" in printed.partition("--batch-size")[2][:80]
+
+
+@pytest.mark.parametrize(
+    "program, word, names",
+    [
+        (finetune, "predcit", ["train", *finetune.COMMANDS]),
+        (finetune, "runs/demo-001", ["train", *finetune.COMMANDS]),
+        (bench, "trian", list(bench.SUITES)),
+    ],
+)
+def test_a_misspelt_command_lists_the_commands(program, word, names, capsys):
+    """One line names the word and all that could have been meant."""
+    assert run_program(program.main, [word, "--lr", "1"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    for name in [word, *names]:
+        assert name in line

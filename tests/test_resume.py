@@ -501,10 +501,14 @@ def test_help_shows_the_values_of_the_recipe_that_is_asked_for(recipe, capsys):
     assert stop.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
     config = train_msn.make_config({"recipe": recipe})
-    for name in ("epochs", "batch_size", "mask_ratio", "momentum", "crop_scale"):
+    low, high = config.crop_scale
+    expected = {"crop_scale": f"{low} {high}"}
+    for name in ("epochs", "batch_size", "mask_ratio", "momentum"):
+        expected[name] = str(getattr(config, name))
+    for name, value in expected.items():
         flag = f"--{name.replace('_', '-')} "
         described = printed.rpartition(flag)[2]
-        assert described.partition("(default: ")[2].startswith(f"{getattr(config, name)})"), name
+        assert described.partition("(default: ")[2].startswith(f"{value})"), name
 
 
 def test_help_without_a_recipe_is_of_the_demo(capsys):
