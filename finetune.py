@@ -49,8 +49,8 @@ from train_msn import (
     crop_and_resize,
     crop_boxes,
     embed_images,
+    find_pictures,
     generator_for,
-    image_paths,
     knn_predict,
     newest_run,
     open_data,
@@ -497,12 +497,14 @@ def draw_columns(
     """Draw the labelled images of the whole table, and those on which `scratch` tunes its rate.
 
     -> the columns; images to tune on, class by class, which are in no draw (only the column of all
-    labels has them). Raises UsageError if a class has too few images.
+    labels has them). A column for which a class has too few images is left out, with a line on
+    stderr; if that leaves none, the reason is raised as UsageError.
     """
     labels = data.train_labels.clone()  # images that must not be drawn any more become -1
     label_lists = config.listed("label_list")
 
     columns: Columns = {}
+    left_out: dict[str, UsageError] = {}
     if label_lists:
         columns["listed"] = []
         for name in label_lists:
@@ -510,10 +512,13 @@ def draw_columns(
             columns["listed"].append(readable(data.train, named, unreadable))
     else:
         for name, per_class in images_per_class(config, data).items():
-            columns[name] = [
-                draw_readable(data, labels, per_class, seed, unreadable)
-                for seed in config.listed("seeds")
-            ]
+            try:
+                columns[name] = [
+                    draw_readable(data, labels, per_class, seed, unreadable)
+                    for seed in config.listed("seeds")
+                ]
+            except UsageError as error:
+                left_out[name] = error
 
     tuning = []
     if "scratch" in config.listed("methods"):
@@ -524,6 +529,10 @@ def draw_columns(
     if not label_lists and (config.full or 1 in config.listed("fraction")):
         everything = list(range(len(labels)))
         columns[ALL_LABELS] = [readable(data.train, everything, unreadable)]
+    if left_out and not columns:
+        raise next(iter(left_out.values()))
+    for name, error in left_out.items():
+        print(f"column {name} is left out: {error}", file=sys.stderr, flush=True)
     return columns, tuning
 
 
@@ -1044,7 +1053,7 @@ def open_labelled_data(source: str, saved: dict, encoder: ViTMSNModel) -> Images
     )
     if data.val is None:
         raise UsageError(
-            "this takes labels: the data must be folders train/CLASS/* and val/CLASS/*."
+            f"this takes labels, in folders train/CLASS/* and val/CLASS/*: {data.why_no_labels}."
         )
     return data
 
@@ -1096,6 +1105,8 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     print(
         f"{config.checkpoint}: {len(data.train)} training images of {len(data.classes)} classes, "
         f"{len(val)} of {len(data.val)} validation images; {len(unreadable)} can't be read",
+        *data.notes,
+        sep="\n",
         flush=True,
     )
 
@@ -1180,7 +1191,10 @@ def open_pictures(names: list[str], model: ViTMSNModel | Classifier) -> ImageFil
     for name in names:
         path = Path(name)
         if path.is_dir():
-            paths += image_paths(path)
+            found = find_pictures(path)
+            paths += found.pictures
+            for line in found.summary():
+                print(f"{path}: {line}", file=sys.stderr)
         else:
             paths.append(path)
 

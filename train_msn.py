@@ -26,9 +26,10 @@ import signal
 import sys
 import tarfile
 import time
+import unicodedata
 import urllib.request
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -256,13 +257,15 @@ class Batch(NamedTuple):
 
 
 class Images(NamedTuple):
-    """Images to train on and to validate with. Without labels or val the last three are None."""
+    """Images to train on and to validate with. Without labels both labels and val are None."""
 
     classes: list[str]
     train: Dataset
     train_labels: Tensor | None  # class numbers
     val: Dataset | None
     val_labels: Tensor | None
+    why_no_labels: str = ""  # where there are none
+    notes: tuple[str, ...] = ()  # lines that say what was taken of a folder, and what was not
 
 
 # ---- Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur ------------------
@@ -855,7 +858,6 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 
 
 # ---- Data sets: built-in images, CIFAR-10, or a folder -------------------------------------------
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CIFAR10_CLASSES = [
@@ -1002,44 +1004,6 @@ def load_image(path: Path, side: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def image_paths(folder: Path) -> list[Path]:
-    """All picture files below a folder, in a fixed order. Raises UsageError if there are none."""
-    # Links to folders right below are followed, others are not: they could go in a circle.
-    roots = [folder]
-    roots += [path for path in folder.glob("*") if path.is_symlink()]
-    paths = []
-    for root in roots:
-        for path in root.rglob("*"):
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-                paths.append(path)
-    if not paths:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise UsageError(f"{folder} is no folder or holds no image ({suffixes}).")
-    return sorted(paths)
-
-
-def folder_images(folder: Path, side: int, cache_bytes: int) -> Images:
-    """train/CLASS/* and val/CLASS/*, with labels, or any other tree of images, without."""
-    train_folder = folder / "train"
-    val_folder = folder / "val"
-    paths = image_paths(train_folder if train_folder.is_dir() else folder)
-    images = ImageFiles(paths, side, cache_bytes)
-    in_class_folders = all(path.parent.parent == train_folder for path in paths)
-    if not val_folder.is_dir() or not in_class_folders:
-        return Images([], images, None, None, None)
-
-    val_paths = image_paths(val_folder)
-    classes = sorted({path.parent.name for path in paths})
-    unknown = sorted({path.parent.name for path in val_paths} - set(classes))
-    if unknown:
-        names = ", ".join(unknown[:5])
-        raise UsageError(f"{val_folder} has classes that train lacks: {names}.")
-    number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number[path.parent.name] for path in paths])
-    val_labels = torch.tensor([number[path.parent.name] for path in val_paths])
-    return Images(classes, images, labels, ImageFiles(val_paths, side, cache_bytes), val_labels)
-
-
 def load_batches(
     config: TrainConfig, images: Dataset, steps: range, my_images: slice
 ) -> DataLoader:
@@ -1072,6 +1036,265 @@ def ignore_sigterm(worker: int) -> None:
     """For a process that decodes images: a signal to the whole job leaves it at work until the step
     is done."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# ---- A folder of pictures: which files are pictures, and which of them are for what --------------
+# Folders of these names, in capitals or not, hold the pictures to train on and to validate with.
+# Where there are several, the first one of the list counts.
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation", "test")
+# What desktops and file servers leave behind, beside names that begin with a dot.
+LEFT_BEHIND = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+ONLY_IDENTIFIED = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that Pillow knows but never decodes
+MOST_REASONS = 8  # that a line gives, the commonest ones
+MOST_NAMES = 3  # of files that it names
+
+
+@dataclass
+class FoundFiles:
+    """The picture files below a folder, in a fixed order, and what was passed over, by reason."""
+
+    folder: Path
+    pictures: list[Path]
+    passed_over: dict[str, list[Path]]  # reason -> files and folders
+
+    def pass_over(self, reason: str, paths: list[Path]) -> None:
+        if paths:
+            self.passed_over.setdefault(reason, []).extend(paths)
+
+    def summary(self) -> list[str]:
+        """A line that counts what was passed over, at the end by the endings of files that Pillow
+        does not open; none if there is nothing."""
+        if not self.passed_over:
+            return []
+        by_count = sorted(self.passed_over.items(), key=lambda item: -len(item[1]))
+        endings = [item for item in by_count if item[0].startswith(".")]
+        in_order = [item for item in by_count if item not in endings] + endings
+        parts = []
+        for reason, paths in in_order[:MOST_REASONS]:
+            part = f"{len(paths)} {reason}"
+            if not reason.startswith(("hidden", ".")):  # those names are of no interest
+                part += f" ({some_names(paths, self.folder)})"
+            parts.append(part)
+        rest = sum(len(paths) for _, paths in in_order[MOST_REASONS:])
+        if rest:
+            parts.append(f"{rest} for other reasons")
+        return ["passed over: " + ", ".join(parts)]
+
+
+def some_names(paths: list[Path], folder: Path) -> str:
+    """The first few paths, as seen from a folder, for a line of text."""
+    names = [str(path.relative_to(folder)) for path in paths[:MOST_NAMES]]
+    if len(paths) > MOST_NAMES:
+        names.append("...")
+    return ", ".join(names)
+
+
+def picture_endings() -> set[str]:
+    """The endings of files that Pillow says it can open, such as ".png"."""
+    formats = Image.registered_extensions()
+    openable = Image.OPEN.keys() - set(ONLY_IDENTIFIED)
+    return {ending for ending, name in formats.items() if name in openable}
+
+
+def find_pictures(folder: Path) -> FoundFiles:
+    """All picture files below a folder. Raises UsageError if there are none.
+
+    Hidden files and folders are neither pictures nor looked into. Links are followed, but not those
+    that lead back up.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder.")
+    found = FoundFiles(folder, [], {})
+    look_into(folder, (), picture_endings(), found)
+    found.pictures.sort()
+    if not found.pictures:
+        reasons = "; ".join(found.summary()) or "it is empty"
+        raise UsageError(f"{folder} holds no image that Pillow can open; {reasons}.")
+    return found
+
+
+def look_into(folder: Path, above: tuple[str, ...], endings: set[str], found: FoundFiles) -> None:
+    """Sort the content of a folder into pictures and what is passed over.
+
+    above: the folders in which it lies, up to the first one, as real paths.
+    """
+    here = (*above, os.path.realpath(folder))
+    try:
+        with os.scandir(folder) as content:
+            entries = sorted(content, key=lambda entry: entry.name)
+    except OSError as error:
+        found.pass_over(f"not to be opened: {error.strerror}", [folder])
+        return
+
+    for entry in entries:
+        path = folder / entry.name
+        ending = path.suffix.lower()
+        if entry.name.startswith(".") or entry.name in LEFT_BEHIND:
+            found.pass_over("hidden", [path])
+        elif entry.is_dir():
+            if os.path.realpath(path) in here:
+                found.pass_over("links back up", [path])
+            else:
+                look_into(path, here, endings, found)
+        elif not entry.is_file():
+            found.pass_over("no files (links to nothing, devices)", [path])
+        elif ending in endings:
+            found.pictures.append(path)
+        else:
+            found.pass_over(ending or "without an ending", [path])
+
+
+class PictureTree(NamedTuple):
+    """Which pictures of a folder are for what. Without labels, those of val are for nothing."""
+
+    train: list[Path]
+    val: list[Path]
+    train_folder: Path  # the names of classes are those of the folders right below it
+    val_folder: Path
+    why_no_labels: str
+    notes: tuple[str, ...]
+
+
+def sort_pictures(found: FoundFiles) -> PictureTree:
+    """Decide what a tree of pictures is, and say what was decided.
+
+    Pictures to train on lie in train/, those to validate with in val/; both may have other names
+    (TRAIN_NAMES, VAL_NAMES), and lie in a folder within the folder. Where there is no train/, all
+    pictures outside of val/ are to train on. The class of a picture is the first folder below
+    train/ or val/. A few pictures without one are passed over, if there are labels; they need both
+    folders divided into classes, and all classes of val/ in train/. Raises UsageError if there is
+    no picture to train on.
+    """
+    root = common_folder(found)
+    members: dict[str, list[Path]] = {}  # first folder below root -> its pictures
+    for path in found.pictures:
+        members.setdefault(first_folder(path, root), []).append(path)
+    train_names = folders_called(TRAIN_NAMES, members)
+    val_names = folders_called(VAL_NAMES, members)
+    val_members = [members.pop(name) for name in val_names]
+
+    if train_names:
+        train_folder = root / train_names[0]
+        train = members.pop(train_names[0])
+        unused = val_members[1:] + list(members.values())
+        found.pass_over(f"outside of {train_folder.name}/ and val", sorted(chain_of(unused)))
+    else:
+        train_folder = root
+        train = sorted(chain_of(list(members.values())))
+        found.pass_over("in other folders for validation", sorted(chain_of(val_members[1:])))
+    if not train:
+        raise UsageError(
+            f"{root} holds no image to train on: all of them are in {' and '.join(val_names)}; "
+            "to train on those, pass their folder as --data."
+        )
+
+    tree = PictureTree(train, [], train_folder, root, "", ())
+    if val_names:
+        tree = tree._replace(val=val_members[0], val_folder=root / val_names[0])
+    tree = tree._replace(why_no_labels=why_no_labels(tree))
+    if not tree.why_no_labels:
+        tree = without_strays(tree, found)
+    return tree._replace(notes=tree_notes(tree, found, val_names))
+
+
+def chain_of(lists: list[list[Path]]) -> list[Path]:
+    """One list of all."""
+    return [path for paths in lists for path in paths]
+
+
+def first_folder(path: Path, folder: Path) -> str:
+    """The name of the first folder on the way from a folder down to a file; "" if there is none."""
+    parts = path.parts[len(folder.parts) : -1]
+    return parts[0] if parts else ""
+
+
+def class_name(path: Path, folder: Path) -> str:
+    """The class of a picture below train/ or val/, "" if it has none: the name of the first folder.
+
+    Letters that a file system may write in two ways (ä as one, or as an a with dots) are the same.
+    """
+    return unicodedata.normalize("NFC", first_folder(path, folder))
+
+
+def common_folder(found: FoundFiles) -> Path:
+    """The folder itself or, while all that it holds is in one folder, that one."""
+    folder = found.folder
+    while True:
+        names = {first_folder(path, folder) for path in found.pictures}
+        name = names.pop()
+        if names or not name or name.lower() in TRAIN_NAMES + VAL_NAMES:
+            return folder
+        folder = folder / name
+
+
+def folders_called(wanted: tuple[str, ...], names: Iterable[str]) -> list[str]:
+    """Those of the names that are wanted, in capitals or not, in the order in which they are."""
+    found = [name for name in names if name.lower() in wanted]
+    return sorted(found, key=lambda name: (wanted.index(name.lower()), name.lower() != name, name))
+
+
+def why_no_labels(tree: PictureTree) -> str:
+    """Why the pictures of a tree have no labels; "" if they have."""
+    if not tree.val:
+        return f"{tree.val_folder} has no folder {', '.join(VAL_NAMES[:-1])} or {VAL_NAMES[-1]}"
+
+    for folder, paths in ((tree.train_folder, tree.train), (tree.val_folder, tree.val)):
+        strays = [path for path in paths if not class_name(path, folder)]
+        if 2 * len(strays) >= len(paths):
+            return f"{len(strays)} of {len(paths)} pictures in {folder} are in no class folder"
+
+    classes = {class_name(path, tree.train_folder) for path in tree.train}
+    for path in tree.val:
+        name = class_name(path, tree.val_folder)
+        if name and name not in classes:
+            return f"{tree.val_folder / name} is of a class that {tree.train_folder} lacks"
+    return ""
+
+
+def without_strays(tree: PictureTree, found: FoundFiles) -> PictureTree:
+    """The tree without the pictures that lie in no class folder, which are passed over."""
+    train = [path for path in tree.train if class_name(path, tree.train_folder)]
+    val = [path for path in tree.val if class_name(path, tree.val_folder)]
+    strays = sorted({*tree.train, *tree.val} - {*train, *val})
+    found.pass_over("in no class folder", strays)
+    return tree._replace(train=train, val=val)
+
+
+def tree_notes(tree: PictureTree, found: FoundFiles, val_names: list[str]) -> tuple[str, ...]:
+    """Lines that say what was decided, where it is not what the usual names say."""
+    notes = []
+    if val_names and tree.train_folder != found.folder / "train":
+        notes.append(f"training images are those in {tree.train_folder}")
+    if tree.val and (tree.val_folder != found.folder / "val" or len(val_names) > 1):
+        note = f"validation images are those in {tree.val_folder}"
+        if len(val_names) > 1:
+            note += f", not those in {', '.join(val_names[1:])}"
+        notes.append(note)
+    if tree.why_no_labels:
+        notes.append(f"no labels, so no k-NN: {tree.why_no_labels}")
+    return (*notes, *found.summary())
+
+
+def folder_images(folder: Path, side: int, cache_bytes: int) -> Images:
+    """The pictures of a folder, with labels where sort_pictures finds them."""
+    tree = sort_pictures(find_pictures(folder))
+    train = ImageFiles(tree.train, side, cache_bytes)
+    if tree.why_no_labels:
+        return Images([], train, None, None, None, tree.why_no_labels, tree.notes)
+
+    train_names = [class_name(path, tree.train_folder) for path in tree.train]
+    val_names = [class_name(path, tree.val_folder) for path in tree.val]
+    classes = sorted(set(train_names))
+    number = {name: i for i, name in enumerate(classes)}
+    return Images(
+        classes,
+        train,
+        train_labels=torch.tensor([number[name] for name in train_names]),
+        val=ImageFiles(tree.val, side, cache_bytes),
+        val_labels=torch.tensor([number[name] for name in val_names]),
+        notes=tree.notes,
+    )
 
 
 # ---- The built-in images: ten kinds of grey texture ----------------------------------------------
@@ -1493,14 +1716,15 @@ def announce(
     labels = "no labels"
     if data.val:
         labels = f"{len(data.val)} for validation, {len(data.classes)} classes"
-    print(
+    lines = (
         f"run folder {folder}: recipe {config.recipe}, seed {config.seed}; "
-        f"{steps.start} of {steps.stop} steps are done\n"
-        f"data {config.data}: {len(data.train)} training images, {labels}\n"
+        f"{steps.start} of {steps.stop} steps are done",
+        f"data {config.data}: {len(data.train)} training images, {labels}",
+        *data.notes,
         f"encoder and projection head: {million_parameters:.2f} M parameters; "
         f"{config.precision} on {model.prototypes.device}",
-        flush=True,
     )
+    print("\n".join(lines), flush=True)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

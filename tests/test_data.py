@@ -1,4 +1,6 @@
-"""Every kind of picture and folder is read right, or refused in words.
+"""Every kind of picture and of CIFAR-10 batch is read right, or refused in words.
+
+(test_folders.py is about trees of pictures, test_pixels.py about depth, alpha and channels.)
 
 Nothing in a data file is ever executed.
 """
@@ -25,9 +27,8 @@ import train_msn
 from train_msn import (
     Batch,
     ImageFiles,
-    UsageError,
     cifar10_images,
-    folder_images,
+    find_pictures,
     load_image,
     make_config,
     read_cifar_batch,
@@ -37,54 +38,6 @@ from train_msn import (
 # 12 wide, 8 high, no two pixels alike.
 RAMP = np.linspace(0, 255, 12 * 8).reshape(8, 12).astype(np.uint8)
 CACHE = 2**20
-
-
-# -- folders ---------------------------------------------------------------------------------------
-
-
-def test_a_folder_of_classes_has_labels_and_validation_images(tmp_path):
-    """train/CLASS/* and val/CLASS/* give class names in order, labels, and validation images."""
-    names = ("train/b/1.png", "train/a c/2.JPG", "train/ä/3.webp", "val/ä/4.bmp")
-    data = folder_images(make_grey_pictures(tmp_path, *names), 8, CACHE)
-    assert data.classes == ["a c", "b", "ä"] and [len(data.train), len(data.val)] == [3, 1]
-    assert data.train_labels.tolist() == [0, 1, 2] and data.val_labels.tolist() == [2]
-    assert data.val.__getitems__([0]).images.unique().tolist() == [30]
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("1.png", "2.png"),
-        ("deep/er/1.png", "deep/2.png"),
-        ("train/1.png", "train/2.png"),
-        ("train/a/1.png", "train/a/b/2.png", "val/a/3.png"),
-        ("train/a/1.png", "train/b/2.png"),
-    ],
-)
-def test_any_other_tree_is_images_without_labels(names, tmp_path):
-    """Any tree that is not train/CLASS/* and val/CLASS/* is images to train on, without labels."""
-    (make_grey_pictures(tmp_path, *names) / "notes.txt").write_text("no picture")
-    data = folder_images(tmp_path, 8, CACHE)
-    assert len(data.train) == 2 and data.train_labels is data.val is data.val_labels is None
-
-
-@pytest.mark.parametrize(
-    "names, says",
-    [
-        ((), "holds no image"),
-        (("train/a/1.png", "val/b/2.png"), "classes that train lacks: b"),
-        (("val/a/1.png", "train/readme.txt.png/x.md"), "holds no image"),
-        (None, "is no folder"),
-    ],
-)
-def test_folders_that_cannot_be_trained_on_are_refused(names, says, tmp_path):
-    """A folder without images, or with unknown classes in val, is refused with the reason."""
-    for name in names or ():
-        path = save_picture(tmp_path / name, RAMP, format="png")
-        if path.suffix != ".png":
-            path.write_text("text")
-    with pytest.raises(UsageError, match=says):
-        folder_images(tmp_path if names is not None else tmp_path / "nowhere", 8, CACHE)
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -209,7 +162,7 @@ def mixed(tmp_path):
 def test_the_next_readable_picture_stands_in_the_same_for_every_rank_and_number_of_workers(mixed):
     """For an unreadable file its next readable one stands in, on any rank with any workers."""
     folder, bad = mixed
-    files = ImageFiles(train_msn.image_paths(folder), 8, 0)
+    files = ImageFiles(find_pictures(folder).pictures, 8, 0)
     first = files.paths.index(bad[0])
     batch = files.__getitems__(list(range(len(files))))
     good = [i for i, path in enumerate(files.paths) if path not in bad]
@@ -265,20 +218,6 @@ def test_a_run_names_each_unreadable_file_once_with_a_count_and_goes_on(tmp_path
     assert "1 so far" in printed and "2 so far" in printed
 
 
-def test_links_to_folders_are_followed(tmp_path):
-    """Class folders may be symbolic links; links in a circle do no harm."""
-    folder = make_pictures(tmp_path / "data")
-    direct = train_msn.open_data(make_config({"data": str(folder)}))
-    for part in ("train", "val"):
-        (tmp_path / "links" / part).mkdir(parents=True)
-        for name in (folder / part).iterdir():
-            (tmp_path / "links" / part / name.name).symlink_to(name)
-            (name / "circle").symlink_to(name)
-    linked = train_msn.open_data(make_config({"data": str(tmp_path / "links")}))
-    assert linked.classes == direct.classes and linked.train_labels.equal(direct.train_labels)
-    assert [p.name for p in linked.train.paths] == [p.name for p in direct.train.paths]
-
-
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_mostly_unreadable_folder_is_refused_with_counts(tmp_path):
     """If half of the files that are tried are unreadable, the folder is refused with counts."""
@@ -286,12 +225,13 @@ def test_a_mostly_unreadable_folder_is_refused_with_counts(tmp_path):
     with pytest.raises(
         ValueError, match=rf"of {len(bad) + 5} files tried in .*, only 5 are readable"
     ):
-        ImageFiles(train_msn.image_paths(tmp_path), 8, 0)
+        ImageFiles(find_pictures(tmp_path).pictures, 8, 0)
 
 
 def test_files_that_vanish_during_a_run_are_an_error_in_words(tmp_path):
     """If no file is readable any more, the error says so."""
-    files = ImageFiles(train_msn.image_paths(make_grey_pictures(tmp_path, "1.png", "2.png")), 8, 0)
+    folder = make_grey_pictures(tmp_path, "1.png", "2.png")
+    files = ImageFiles(find_pictures(folder).pictures, 8, 0)
     for path in files.paths:
         path.unlink()
     with pytest.raises((ValueError, OSError), match="readable"):
@@ -316,7 +256,7 @@ def test_decoded_pictures_are_kept_up_to_the_stated_size_and_read_alike(
     """The cache never exceeds its size, and what comes out of it is what was read."""
     make_grey_pictures(tmp_path, *(f"{i:02d}.png" for i in range(10)))
     limit = pictures_that_fit * 108 + 50  # a picture of 6 x 6 x 3 takes 108 bytes
-    files = ImageFiles(train_msn.image_paths(tmp_path), 8, limit)
+    files = ImageFiles(find_pictures(tmp_path).pictures, 8, limit)
     once, again = (files.__getitems__(list(range(10))).images for _ in range(2))
     assert once.equal(again) and len(files.cache) == min(pictures_that_fit, 10)
     kept = sum(image.untyped_storage().nbytes() for image in files.cache.values())

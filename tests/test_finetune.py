@@ -906,7 +906,7 @@ def test_no_query_is_among_its_own_neighbours(world, tmp_path, monkeypatch):
 # --- bad input ------------------------------------------------------------------------------------
 
 BAD = [  # words, flags, what the line says
-    ((), {"labels_per_class": "9"}, "has 8 images to draw from, fewer than the 9"),
+    (("train",), {"labels_per_class": "9"}, "has 8 images to draw from, fewer than the 9"),
     ((), {"labels_per_class": "two"}, "must be numbers"),
     ((), {"labels_per_class": "0"}, "out of range"),
     ((), {"methods": "probe,magic"}, "magic is not known"),
@@ -973,8 +973,8 @@ ODD = [  # arguments (capitals: the folders of `world`), exit status, what the l
     ("neighbours ENCODER odd/train/a/1.png", 2, "two pictures or more"),
     ("embed broken odd", 1, "pytorch_model.bin can't be read"),
     (ENCODER, 2, "pass --data"),
-    (f"{ENCODER} --data odd", 2, "classes that train lacks: c"),
-    (f"{ENCODER} --data odd/train", 2, "the data must be folders"),
+    (f"{ENCODER} --data odd", 2, "odd/val/c is of a class that odd/train lacks"),
+    (f"{ENCODER} --data odd/train", 2, "odd/train has no folder val"),
 ]
 
 
