@@ -282,10 +282,17 @@ def build_ours(config: ViTMSNConfig, head: str) -> nn.Module:
     return ViTMSNModel(config) if head == "model" else ViTMSNForImageClassification(config)
 
 
+def import_library(name: str):
+    """An optional package. Raises UsageError, which says how to install it, if it is not there."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UsageError(f"the package {name} is not installed: pip install {name}") from None
+
+
 def build_transformers(config: ViTMSNConfig, head: str) -> nn.Module:
     """The same model by the transformers library."""
-    import transformers
-
+    transformers = import_library("transformers")
     if head == "model":
         auto_class = transformers.AutoModel
     else:
@@ -1005,7 +1012,7 @@ def describe_machine(args: argparse.Namespace, setup: Setup) -> dict:
         "float32 matmul GFLOP/s": matmul_peak("float32", setup) / 1e9,
     }
     for library in ("torch", *getattr(args, "against", [])):
-        machine[library] = importlib.import_module(library).__version__
+        machine[library] = import_library(library).__version__
     return machine
 
 

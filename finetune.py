@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from train_msn import (
+    IMAGE_SUFFIXES,
     TRIES,
     ImageFiles,
     Images,
@@ -52,10 +53,10 @@ from train_msn import (
     find_pictures,
     generator_for,
     knn_predict,
-    newest_run,
     open_data,
     opt,
     run_program,
+    runs_by_age,
     save_neighbours,
     save_plot,
     save_sheet,
@@ -64,6 +65,7 @@ from train_msn import (
     warmup_cosine,
 )
 from vitmsn import (
+    WEIGHT_FILES,
     MSNEncoder,
     ViTMSNModel,
     load_weights,
@@ -122,7 +124,7 @@ class FinetuneConfig:
         "synthetic, cifar10, or a folder with train/CLASS/* and val/CLASS/*; by default the run's",
     )
     output_dir: str = opt(
-        "", "where results go; by default finetune/ or classifier/ in the run, or attention/"
+        "", "where results go; by default finetune/, classifier/ or attention/ in the run"
     )
     methods: str = opt(
         "probe,finetune,scratch,untrained,pixels,knn20", "rows of the table; there is knn200 too"
@@ -195,7 +197,9 @@ class FinetuneConfig:
     # Using a model
     top: int = opt(5, "classes that predict names", range=(1, 10**6))
     csv: str = opt("", "predict: also write a table to this file")
-    output: str = opt("", "embed, neighbours: the file to write (features.npz, neighbours.png)")
+    output: str = opt(
+        "", "the file to write (embed: features.npz; neighbours: neighbours/, in the run)"
+    )
 
     # Machine
     device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -536,6 +540,18 @@ def draw_columns(
     return columns, tuning
 
 
+def count_draws(config: FinetuneConfig) -> int:
+    """How many labelled sets the settings ask for."""
+    label_lists = config.listed("label_list")
+    if label_lists:
+        return len(label_lists)
+    shares = config.listed("fraction")
+    parts = len([share for share in shares if share < 1])
+    drawn = len(config.listed("labels_per_class")) + parts
+    all_labels = config.full or 1 in shares
+    return drawn * len(config.listed("seeds")) + all_labels
+
+
 def all_draws(columns: Columns) -> list[list[int]]:
     """The draws of all columns in one list."""
     return list(chain.from_iterable(columns.values()))
@@ -839,6 +855,7 @@ class Experiment:
         print(
             f"scratch: learning rate {best:g}, the best on {len(held_out)} training images that no "
             "draw uses",
+            file=sys.stderr,
             flush=True,
         )
         return best
@@ -991,6 +1008,7 @@ def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel 
     Raises UsageError if there is no such checkpoint or it does not hold what is asked for, and
     ValueError or OSError if it is damaged.
     """
+    check_is_there(config.checkpoint)
     try:
         model_config, weights = read_pretrained(config.checkpoint, None)
     except FileNotFoundError as error:
@@ -1016,6 +1034,19 @@ def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel 
     model = model_class(model_config)
     load_weights(model, weights, config.checkpoint)
     return model.to(start_processes(config).device).eval()
+
+
+def check_is_there(checkpoint: str) -> None:
+    """Raise UsageError for a checkpoint that is not there, unless it may be a name on the hub."""
+    path = Path(checkpoint)
+    is_hub_name = len(path.parts) == 2 and not path.parent.is_dir()
+    if path.exists() or is_hub_name:
+        return
+    runs = ", ".join(str(run) for run in runs_by_age(with_checkpoint=True)[:5])
+    raise UsageError(
+        f"there is no checkpoint {checkpoint}: it is neither a file nor a folder; "
+        f"runs/ has {runs or 'none'}."
+    )
 
 
 def run_folder(checkpoint: str) -> Path:
@@ -1071,6 +1102,34 @@ def choose_validation_images(
     return readable(data.val, chosen.tolist(), unreadable)
 
 
+def newest_labelled_run(config: FinetuneConfig) -> Path:
+    """The newest run in runs/ that was on images with labels, or any with --data. Which one it is,
+    and which ones were passed over, is said on stderr. Raises UsageError if there is none."""
+    runs = runs_by_age(with_checkpoint=True)
+    for run in runs:
+        if config.data or has_labels(saved_settings(run)):
+            print(f"the newest run: {run} (another one by --checkpoint)", file=sys.stderr)
+            return run
+        print(f"{run} is on images without labels: passed over", file=sys.stderr)
+    if runs:
+        raise UsageError(
+            "all runs in runs/ are on images without labels; say which run and which labelled "
+            "images: --checkpoint, --data."
+        )
+    raise UsageError(
+        "there is no run in runs/; pretrain one by python train_msn.py, or pass --checkpoint."
+    )
+
+
+def has_labels(saved: dict) -> bool:
+    """Whether the images of a run had labels, by its settings. True if they are not there to look
+    at, so that opening them says what is wrong."""
+    source = saved.get("data", "")
+    if source in ("synthetic", "cifar10") or not Path(source).is_dir():
+        return True
+    return open_data(TrainConfig(data=source, cache_mb=0)).val is not None
+
+
 def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     """Load the encoder, open the data, draw the labelled images.
 
@@ -1078,13 +1137,7 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     go by default. Raises UsageError if something is missing.
     """
     if not config.checkpoint:
-        newest = newest_run(with_checkpoint=True)
-        if newest is None:
-            raise UsageError(
-                "there is no run in runs/; pretrain one by python train_msn.py, or pass "
-                "--checkpoint."
-            )
-        config = replace(config, checkpoint=str(newest))
+        config = replace(config, checkpoint=str(newest_labelled_run(config)))
     run = run_folder(config.checkpoint)
     saved = saved_settings(run)
     source = config.data or saved.get("data")
@@ -1107,6 +1160,7 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
         f"{len(val)} of {len(data.val)} validation images; {len(unreadable)} can't be read",
         *data.notes,
         sep="\n",
+        file=sys.stderr,
         flush=True,
     )
 
@@ -1129,7 +1183,7 @@ def make_table(config: FinetuneConfig) -> None:
     folder = Path(config.output_dir or run / "finetune")
     measure(experiment, val_labels, folder)
     write_file(folder / "config.json", json.dumps(asdict(experiment.config), indent=2).encode())
-    print(f"written: {folder}/table.csv, table.png, config.json", flush=True)
+    print(f"written: {folder}/table.csv, table.png, config.json", file=sys.stderr, flush=True)
 
 
 # ---- Using a model: train, predict, attention, embed, neighbours ---------------------------------
@@ -1144,17 +1198,17 @@ def train_and_save(config: FinetuneConfig) -> None:
 
     Raises UsageError if the settings ask for more labelled sets than one.
     """
-    experiment, val_labels, run = open_experiment(config)
-    folder = Path(config.output_dir or run / "classifier")
-    draws = all_draws(experiment.columns)
-    if len(draws) != 1:
+    if count_draws(config) != 1:
         raise UsageError(
             "train takes one labelled set: one --labels-per-class, one --fraction or one "
             "--label-list."
         )
+    experiment, val_labels, run = open_experiment(config)
+    folder = Path(config.output_dir or run / "classifier")
 
+    (draw,) = all_draws(experiment.columns)
     seed = config.listed("seeds")[0]
-    model = experiment.trained("finetune", draws[0], seed, config.lr, verbose=True)
+    model = experiment.trained("finetune", draw, seed, config.lr, verbose=True)
     model.save_pretrained(folder)
 
     truth = val_labels[experiment.val]
@@ -1187,6 +1241,12 @@ def open_pictures(names: list[str], model: ViTMSNModel | Classifier) -> ImageFil
 
     Raises UsageError if none is readable.
     """
+    missing = [name for name in names if not Path(name).exists()]
+    if len(missing) == len(names):
+        raise UsageError(f"{missing[0]} is not found.")
+    for name in missing:
+        print(f"{name} is not found: skipped", file=sys.stderr)
+
     paths: list[Path] = []
     for name in names:
         path = Path(name)
@@ -1195,7 +1255,7 @@ def open_pictures(names: list[str], model: ViTMSNModel | Classifier) -> ImageFil
             paths += found.pictures
             for line in found.summary():
                 print(f"{path}: {line}", file=sys.stderr)
-        else:
+        elif path.exists():
             paths.append(path)
 
     side = 2 * model.config.image_size
@@ -1238,7 +1298,7 @@ def predict(config: FinetuneConfig, model: Classifier, pictures: ImageFiles) -> 
 
 def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> None:
     """A sheet per picture: the picture and, for each head of the last layer, where it looks."""
-    folder = Path(config.output_dir or "attention")
+    folder = Path(config.output_dir or run_folder(config.checkpoint) / "attention")
     for i, path in enumerate(pictures.paths):
         picture, maps = attention_maps(model, pictures, i)
         heads = [shade(picture, attention_map) for attention_map in maps]
@@ -1312,7 +1372,8 @@ def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles)
         val=ImageFiles(queries, pictures.side, PICTURE_CACHE, check=False),
         val_labels=None,
     )
-    target = Path(config.output or "neighbours.png")
+    name = f"{pictures.paths[0].parent.resolve().name or 'pictures'}.png"
+    target = Path(config.output or run_folder(config.checkpoint) / "neighbours" / name)
     save_neighbours(target, model, data, model.config.image_size, model.cls_token.device)
     print(f"written: {target}")
 
@@ -1402,6 +1463,29 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+def check_order(command: str, source: str, images: list[str]) -> None:
+    """Raise UsageError if the pictures come before the checkpoint."""
+    checkpoints = [name for name in images if holds_weights(Path(name))]
+    if holds_weights(Path(source)) or not (checkpoints or is_picture(Path(source))):
+        return
+    checkpoint = checkpoints[0] if checkpoints else "CHECKPOINT"
+    raise UsageError(
+        f"{source} is no checkpoint; the checkpoint comes first, then the pictures: "
+        f"finetune.py {command} {checkpoint} {source}"
+    )
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether this is a file that may be a checkpoint, or a folder with weights."""
+    if path.is_file():
+        return path.suffix.lower() in (".pt", ".pth", ".tar", ".bin", ".safetensors")
+    return any((path / name).is_file() for name in WEIGHT_FILES)
+
+
+def is_picture(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
+
+
 def command_in(argv: list[str]) -> str:
     """The command that a command line begins with, "" for none. Raises UsageError for others."""
     if not argv or argv[0].startswith("-"):
@@ -1430,6 +1514,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"{command or 'the table'} has no use for --{flag}.")
 
     if command in COMMANDS:
+        check_order(command, source, images)
         config = FinetuneConfig(checkpoint=source, **given)
         model = load_model(config, classifier=command == "predict")
         COMMANDS[command].run(config, model, open_pictures(images, model))

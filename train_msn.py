@@ -1642,9 +1642,14 @@ def run_number(folder: Path, recipe: str) -> int:
     return int(number) if name == recipe and number.isdecimal() else 0
 
 
-def newest_run(recipe: str | None = None, with_checkpoint: bool = False) -> Path | None:
-    """The folder in runs/ that was written to last: the time of its checkpoint or, before the first
-    one, of its settings. None if there is none.
+def newest_run(recipe: str | None = None) -> Path | None:
+    """The first of runs_by_age, None if there is none."""
+    return next(iter(runs_by_age(recipe)), None)
+
+
+def runs_by_age(recipe: str | None = None, with_checkpoint: bool = False) -> list[Path]:
+    """The folders in runs/, the one written to last first: the time of its checkpoint or, before
+    the first one, of its settings.
 
     recipe: only <recipe>-<number>. with_checkpoint: only runs that have one.
     """
@@ -1656,7 +1661,7 @@ def newest_run(recipe: str | None = None, with_checkpoint: bool = False) -> Path
         found = [folder / name for name in names if (folder / name).is_file()]
         if found:
             times[folder] = found[0].stat().st_mtime
-    return max(times, key=times.get, default=None)
+    return sorted(times, key=times.get, reverse=True)
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -2390,14 +2395,22 @@ def check_settings(config: TrainConfig) -> None:
     for size in sizes:
         if size % config.patch_size:
             raise UsageError(
-                f"a view of {size} pixels is no whole patches; "
-                f"use a multiple of {config.patch_size}."
+                f"a view of {size} pixels is no whole patches of patch_size={config.patch_size}; "
+                f"{sizes_that_go(sizes, config.patch_size)}."
             )
     try:
         config.model_config()
         num_patches_to_keep((config.image_size // config.patch_size) ** 2, config.mask_ratio)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def sizes_that_go(view_sizes: list[int], patch_size: int) -> str:
+    """Which patch sizes go with views of these sizes, and which views with this patch size."""
+    common = math.gcd(*view_sizes)
+    divisors = [str(size) for size in range(1, common + 1) if common % size == 0]
+    patch_sizes = " or ".join(divisors[-8:])
+    return f"use patch_size {patch_sizes}, or views of a multiple of {patch_size}"
 
 
 def check_range(f: Field, value) -> None:

@@ -932,6 +932,11 @@ class ViTMSNForPreTraining(nn.Module):
         sharpening: this step's, where it follows a schedule; None means the constructor's.
         Raises ValueError without anchor views, or if patches_to_keep does not match them.
         """
+        if isinstance(anchor_views, Tensor):
+            raise ValueError(
+                f"anchor_views is one tensor of shape {tuple(anchor_views.shape)}; pass a list of "
+                "tensors (images, channels, height, width), one for each anchor view, as [view]."
+            )
         if patches_to_keep is None:
             patches_to_keep = [None] * len(anchor_views)
         if not anchor_views or len(patches_to_keep) != len(anchor_views):

@@ -514,3 +514,10 @@ def test_a_number_below_one_is_refused_in_one_line(capsys):
 )
 def test_a_cell_shows_times_in_milliseconds_and_memory_in_mebibytes(value, text):
     assert bench.cell_text(value) == text
+
+
+def test_a_library_that_is_not_there_says_how_to_install_it(monkeypatch, capsys):
+    """An optional package is named with its pip command, before anything is measured."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run_program(bench.main, ["inference", "--against", "transformers"]) == 2
+    assert "pip install transformers" in capsys.readouterr().err

@@ -38,7 +38,7 @@ from finetune import (
     train_classifier,
 )
 from train_msn import ImagesInMemory, UsageError, run_program
-from vitmsn import ViTMSNForImageClassification, ViTMSNModel, preprocess
+from vitmsn import ViTMSNForImageClassification, ViTMSNModel, preprocess, to_original
 
 GOLDEN = Path(__file__).parent / "golden" / "logistic.npz"
 CLASSES = ["blå bær", "красный", "緑 茶"]  # names of folders: no ASCII, a space
@@ -473,7 +473,7 @@ def test_the_table_has_every_method_and_column(world, capsys):
     methods = ",".join(finetune.METHODS)
     flags = {"labels_per_class": "1,2", "fraction": 0.25, "seeds": "0,1", "methods": methods}
     assert run_on(world, **flags, output_dir=folder) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
 
     cells = {(cell["method"], cell["column"]): cell for cell in read_csv(folder / "table.csv")}
     columns = ["1/class", "2/class", "25 %"]
@@ -491,7 +491,7 @@ def test_the_table_has_every_method_and_column(world, capsys):
 
     printed = next(line for line in out.splitlines() if line.startswith("pixels")).split()
     assert printed[4:7] == [f"{100 * np.mean(draws):.1f}", "±", f"{100 * float(cell['sd']):.1f}"]
-    assert "no draw uses" in out
+    assert "no draw uses" in err
     assert (folder / "table.png").stat().st_size > 1000
     assert json.loads((folder / "config.json").read_text())["steps"] == 10
 
@@ -882,6 +882,22 @@ def test_a_picture_is_as_bright_as_its_attention():
     assert shaded[..., 0].tolist() == [[30, 72], [115, 200]]
 
 
+def test_sheets_go_into_the_folder_of_the_run(world, tmp_path, monkeypatch):
+    """Attention maps and neighbours lie beside the checkpoint that they are of, unless told."""
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "runs" / "demo-001"
+    shutil.copytree(world / "encoder", run_dir / "encoder")
+    shutil.copytree(world / "data" / "val", tmp_path / "photos")
+    (run_dir / "checkpoint.pt").touch()
+
+    picture = next(Path("photos").rglob("*.png"))
+    assert run("attention", "runs/demo-001/encoder", picture) == 0
+    assert run("neighbours", "runs/demo-001/encoder", picture.parent) == 0
+    assert (run_dir / "attention" / f"0000-{picture.stem}.png").is_file()
+    assert (run_dir / "neighbours" / f"{picture.parent.name}.png").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "photos"}
+
+
 def test_neighbours_draws_eight_queries_each_with_its_seven_nearest(world, tmp_path):
     """The sheet of 36 pictures has eight lines of one query and seven neighbours."""
     target = tmp_path / "n.png"
@@ -960,6 +976,11 @@ ODD = [  # arguments (capitals: the folders of `world`), exit status, what the l
     ("predict ENCODER x.png", 2, "has no classifier"),
     ("predict CLASSIFIER empty", 2, "holds no image"),
     ("predict CLASSIFIER bad.png", 2, "none of the 1 files is a readable image"),
+    ("predict CLASSIFIER gone.png", 2, "gone.png is not found"),
+    ("predict bad.png CLASSIFIER", 2, "finetune.py predict CLASSIFIER bad.png"),
+    ("attention odd ENCODER", 2, "the checkpoint comes first"),
+    ("attention bad.png odd", 2, "bad.png is no checkpoint; the checkpoint comes first"),
+    ("embed runs/demo-7/encoder odd", 2, "there is no checkpoint runs/demo-7/encoder"),
     ("predict CLASSIFIER bad.png --lr 1", 2, "predict has no use for --lr"),
     ("predict a.png b.png --checkpoint c", 2, "predict has no use for --checkpoint"),
     ("--csv a.csv", 2, "the table has no use for --csv"),
@@ -987,9 +1008,49 @@ def test_other_bad_input_says_what_to_do(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     places = {name.upper(): str(world / name) for name in ("encoder", "classifier", "data")}
     words = [places.get(word, word) for word in arguments.split()]
+    message = " ".join(places.get(word, word) for word in message.split())
     assert run(*words) == status
     err = capsys.readouterr().err
     assert message in err.splitlines()[-1], err
+
+
+def test_without_a_checkpoint_the_newest_run_with_labels_is_taken(
+    world, odd_places, tmp_path, capsys, monkeypatch
+):
+    """Which run it is, and which newer one is passed over because it has no labels, is said."""
+    monkeypatch.setattr(finetune, "measure", lambda *_: None)
+    for age, (name, data) in enumerate([("plain", "odd/val"), ("demo-001", world / "data")]):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"data": str(data)}))
+        encoder = ViTMSNModel.from_pretrained(world / "encoder")
+        content = {
+            "target_encoder": to_original(encoder.state_dict(), 3),
+            "model_config": encoder.config.to_dict(),
+        }
+        torch.save(content, folder / "checkpoint.pt")
+        os.utime(folder / "checkpoint.pt", times=(1000 - age, 1000 - age))
+
+    assert run(labels_per_class="1", fraction="", methods="probe") == 0
+    out, err = capsys.readouterr()
+    assert out == ""  # nothing of this is a line of the table
+    assert "runs/plain is on images without labels: passed over" in err
+    assert "the newest run: runs/demo-001" in err
+
+    shutil.rmtree(tmp_path / "runs" / "demo-001")
+    assert run() == 2
+    assert "all runs in runs/ are on images without labels" in capsys.readouterr().err
+
+
+def test_only_the_lines_of_the_table_go_to_stdout(world, capsys, tmp_path):
+    """The table can be cut out of what a pipe gets; all that is said beside it is on stderr."""
+    own = {"checkpoint": world / "encoder", "data": world / "data", "output_dir": tmp_path}
+    flags = {"methods": "scratch,probe", "labels_per_class": "1", "fraction": "", "steps": "1"}
+    assert run(**own, **flags) == 0
+    out, err = capsys.readouterr()
+    starts = [line.split()[0] for line in out.splitlines() if line.strip()]
+    assert starts == ["accuracy", "1/class", "scratch", "probe"]
+    assert "scratch: learning rate" in err and "written: " in err
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ OWN_ROWS = [
         "train_msn",
         "--image-size 30",
         2,
-        "a view of 30 pixels is no whole patches; use a multiple of 4",
+        "use patch_size 1 or 2, or views of a multiple of 4",
     ),
     ("train_msn", "--focal-size 15", 2, "a view of 15"),
     ("train_msn", "--patch-size 64", 2, "multiple of 64"),

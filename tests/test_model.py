@@ -469,3 +469,12 @@ def test_pretraining_starts_with_the_deviation_that_the_settings_name():
             if weight.ndim == 2:
                 assert weight.std().item() == pytest.approx(0.88 * deviation, rel=0.03), name
                 assert weight.abs().max() <= 2 * deviation, name
+
+
+def test_one_tensor_in_place_of_a_list_of_anchor_views_says_what_to_pass():
+    """A batch of images is no list of views: it would be taken for views of one image each."""
+    model = tiny_pretraining()
+    images = randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"pass a list of tensors .* as \[view\]"):
+        model(images, images)
+    assert model(images, [images]).loss.isfinite()

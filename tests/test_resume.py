@@ -238,7 +238,7 @@ def test_the_newest_run_is_the_one_whose_checkpoint_was_written_last(tmp_path, m
 
     begun = write_at(runs / "demo-003" / "config.json", 500)
     assert train_msn.newest_run() == train_msn.newest_run("demo") == begun
-    assert train_msn.newest_run("demo", with_checkpoint=True) == first
+    assert train_msn.runs_by_age("demo", with_checkpoint=True) == [first, second]
     write_at(second / "checkpoint.pt", 600)
     assert train_msn.newest_run("demo") == second
 
