@@ -5,13 +5,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import TINY, finish, make_pictures, read_columns, run_here, start, wait_for
+from runs import ROOT, TINY, finish, make_pictures, read_columns, run_here, start, wait_for
 from torch.testing import assert_close
 
 import vitmsn
@@ -206,3 +207,27 @@ def test_each_process_names_a_bad_file_once(pictures, tmp_path):
         printed
     )
     assert printed.count(str(bad)) == printed.count("(1 so far)"), printed
+
+
+ENDING = """
+import atexit, sys
+import torch.distributed as dist
+import train_msn
+if sys.argv[1:]:
+    store = dist.FileStore(sys.argv[1], 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+atexit.register(print, "cleared up")
+print("all is printed", end=" ")
+train_msn.end_program(7)
+"""
+
+
+def test_one_of_many_processes_ends_without_pythons_clearing_up(tmp_path):
+    """Exit status and output are as ever; only in a process group nothing is cleared up."""
+    for group, printed in (
+        ([], "all is printed cleared up\n"),
+        ([str(tmp_path / "a")], "all is printed "),
+    ):
+        command = [sys.executable, "-c", ENDING, *group]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+        assert (ended.returncode, ended.stdout) == (7, printed), ended.stderr
