@@ -38,7 +38,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from train_msn import (
-    IMAGE_SUFFIXES,
     TRIES,
     ImageFiles,
     Images,
@@ -55,6 +54,7 @@ from train_msn import (
     knn_predict,
     open_data,
     opt,
+    picture_endings,
     run_program,
     runs_by_age,
     save_neighbours,
@@ -1483,7 +1483,7 @@ def holds_weights(path: Path) -> bool:
 
 
 def is_picture(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
+    return path.is_file() and path.suffix.lower() in picture_endings()
 
 
 def command_in(argv: list[str]) -> str:
