@@ -10,20 +10,21 @@ Each takes those flags of train_msn.py that change what it measures, and refuses
 
 The cases that a suite compares run in turn (A B A B ...) after a warm-up, each time on new input.
 A cell of the table is the median time in ms [lower quartile, upper quartile]; with --memory, the
-peak memory in MiB follows.
+peak memory in MiB follows. Lines are printed as soon as they are known; stderr says how far it is.
 """
 
 import argparse
 import importlib
-import itertools
 import json
 import math
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from train_msn import (
     add_flags,
     build_model,
     choose_precision,
+    clock_time,
     crop_boxes,
     draw_views,
     first_look,
@@ -51,6 +53,7 @@ from train_msn import (
     parameter_groups,
     recipe_settings,
     run_program,
+    say,
     schedule_at,
     start_processes,
     train_step,
@@ -98,37 +101,109 @@ class Case:
     def prepare(self) -> Timed:
         raise NotImplementedError
 
+    def work(self) -> float:
+        """How much there is to compute in a run: what progress reports take its time to follow."""
+        return 1.0
 
-def measure(cases: dict[Any, Case], setup: Setup) -> dict[Any, dict[str, float]]:
+
+class Progress:
+    """Says on stderr how far a suite is. Once, after the first run: about how long it will take.
+    Then, on a terminal, in one line that is written over and over: where it is, and the time left.
+
+    groups: the cases of the suite, those together that are measured together. other_work: what it
+    measures besides, in the unit of Case.work.
+    """
+
+    def __init__(self, groups: list[dict[Any, Case]], setup: Setup, other_work: float = 0.0):
+        cases = list(chain.from_iterable(group.values() for group in groups))
+        self.num_groups = len(groups)
+        self.group = 0
+        self.work_left = (WARM_UPS + setup.repeats) * sum(case.work() for case in cases)
+        self.work_left += other_work
+        self.work_seen = 0.0  # of runs whose seconds are known
+        self.seconds_seen = 0.0
+        self.memory_left = len(cases) if setup.memory else 0  # cases whose memory is to be measured
+        self.memory_seconds = 0.0  # that the last of them took
+        self.announced = False
+
+    def show(self, where: str) -> None:
+        """Say where the suite is, such as "repeat 2 of 10"."""
+        if not sys.stderr.isatty():
+            return
+        left = f"; about {clock_time(self.time_left())} left" if self.announced else ""
+        part = f"part {self.group} of {self.num_groups}, " if self.num_groups > 1 else ""
+        width = shutil.get_terminal_size().columns - 1
+        say(f"{part}{where}{left}"[:width], sys.stderr, stays=False)
+
+    def saw_run(self, work: float, seconds: float) -> None:
+        """Learn how long a run with its input took. The first one tells about all others."""
+        self.work_seen += work
+        self.seconds_seen += seconds
+        if not self.announced and self.seconds_seen > 0:
+            about = clock_time(self.time_left())
+            say(f"this takes about {about} (h:mm:ss)", sys.stderr)
+            self.announced = True
+
+    def time_left(self) -> float:
+        """Seconds, by those of the work that was done so far."""
+        seconds_per_work = self.seconds_seen / self.work_seen
+        return self.work_left * seconds_per_work + self.memory_left * self.memory_seconds
+
+
+def measure(
+    cases: dict[Any, Case], setup: Setup, progress: Progress | None = None
+) -> dict[Any, dict[str, float]]:
     """Times of all cases and, with setup.memory, their peak memory.
 
     -> name of the case -> {"median", "low", "high"} in seconds (low and high are the quartiles),
     and "memory" in MiB.
     """
+    progress = progress or Progress([cases], setup)
+    progress.group += 1
     memory = {}
-    if setup.memory:
+    if setup.memory:  # before anything runs here: what takes too much only ends that process
         for name, case in cases.items():
-            memory[name] = peak_memory(case, setup)
+            memory[name] = peak_memory(name, case, setup, progress)
 
-    results = time_in_turn({name: case.prepare() for name, case in cases.items()}, setup)
+    timed = {name: case.prepare() for name, case in cases.items()}
+    works = {name: case.work() for name, case in cases.items()}
+    results = time_in_turn(timed, works, setup, progress)
 
     for name, mebibytes in memory.items():
         results[name]["memory"] = mebibytes
     return results
 
 
-def time_in_turn(timed: dict[Any, Timed], setup: Setup) -> dict[Any, dict[str, float]]:
-    """Times in turn, A B A B ...: what disturbs the machine then disturbs all alike."""
+def time_in_turn(
+    timed: dict[Any, Timed], works: dict[Any, float], setup: Setup, progress: Progress
+) -> dict[Any, dict[str, float]]:
+    """Times in turn, A B A B ...: what disturbs the machine then disturbs all alike.
+
+    works: for the progress, in the unit of Case.work.
+    """
     seconds = {name: [] for name in timed}
-    for _ in range(WARM_UPS + setup.repeats):
-        for name, (new_input, run) in timed.items():
+    for i in range(WARM_UPS + setup.repeats):
+        turn = f"repeat {i + 1 - WARM_UPS} of {setup.repeats}"
+        if i < WARM_UPS:
+            turn = f"warm-up {i + 1} of {WARM_UPS}"
+
+        for number, (name, (new_input, run)) in enumerate(timed.items(), 1):
+            progress.show(f"{turn}, case {number} of {len(timed)}: {name_text(name)}")
+            start = time.perf_counter()
             seconds[name].append(seconds_of(run, new_input(), setup))
+            progress.work_left -= works[name]
+            progress.saw_run(works[name], time.perf_counter() - start)
 
     results = {}
     for name, values in seconds.items():
         low, median, high = np.quantile(values[WARM_UPS:], (0.25, 0.5, 0.75)).tolist()
         results[name] = {"median": median, "low": low, "high": high}
     return results
+
+
+def name_text(name) -> str:
+    """The name of a case for people: its parts with commas between them."""
+    return ", ".join(map(str, name)) if isinstance(name, tuple) else str(name)
 
 
 def seconds_of(run: Callable[[Any], Any], x, setup: Setup) -> float:
@@ -143,26 +218,36 @@ def seconds_of(run: Callable[[Any], Any], x, setup: Setup) -> float:
     return setup.clock() - start
 
 
-def peak_memory(case: Case, setup: Setup) -> float:
+def peak_memory(name, case: Case, setup: Setup, progress: Progress) -> float:
     """MiB that a case needs at most, measured in a process of its own."""
+    progress.show(f"memory of {name_text(name)}, in a process of its own")
+    start = time.perf_counter()
     # If the system kills the process, for want of memory, the pool raises BrokenProcessPool.
     with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_memory_here, case, setup).result() / 2**20
+        size, seconds = pool.submit(peak_memory_here, case, setup).result()
+
+    progress.memory_left -= 1
+    progress.memory_seconds = time.perf_counter() - start
+    progress.saw_run(case.work(), seconds)
+    return size / 2**20
 
 
-def peak_memory_here(case: Case, setup: Setup) -> int:
-    """Bytes that this process needs at most: allocated on a GPU, resident on a CPU."""
+def peak_memory_here(case: Case, setup: Setup) -> tuple[int, float]:
+    """Bytes that this process needs at most: allocated on a GPU, resident on a CPU; and the seconds
+    that a run took."""
     torch.set_num_threads(setup.threads)
     new_input, run = case.prepare()
     for _ in range(2):
+        start = time.perf_counter()
         run(new_input())
+    seconds = time.perf_counter() - start
 
     if setup.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(), seconds
     # Not getrusage: its maximum includes the process that started this one.
     status = Path("/proc/self/status").read_text()
     kibibytes = re.search(r"VmHWM:\s+(\d+)", status)[1]
-    return 1024 * int(kibibytes)
+    return 1024 * int(kibibytes), seconds
 
 
 # ---- Operations ----------------------------------------------------------------------------------
@@ -236,8 +321,8 @@ def step_flops(config: TrainConfig) -> int:
 
 
 # ---- Suites --------------------------------------------------------------------------------------
-# A suite is a function that measures cases and returns the records of its table, dicts by column
-# name. Its docstring is what `python bench.py SUITE --help` says.
+# A suite is a function that measures cases and yields the records of its table, dicts by column
+# name, each as soon as it is known. Its docstring is what `python bench.py SUITE --help` says.
 
 # ---- Suite inference: forward passes
 
@@ -276,6 +361,10 @@ class ForwardCase(Case):
 
         return Timed(new_images, forward)
 
+    def work(self) -> float:
+        class_token_only = self.head == "classifier"
+        return self.batch * forward_flops(self.config, self.config.grid_size**2, class_token_only)
+
 
 def build_ours(config: ViTMSNConfig, head: str) -> nn.Module:
     """Our backbone ("model") or our classifier."""
@@ -301,33 +390,43 @@ def build_transformers(config: ViTMSNConfig, head: str) -> nn.Module:
     return auto_class.from_config(theirs, attn_implementation=config.attn_implementation)
 
 
-def inference_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> list[dict]:
+def inference_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> Iterator[dict]:
     """Forward passes of whole images: the attention implementations, and other libraries, compared.
 
     A line for each precision and batch size. "Of peak" is the share of the speed that the machine
     reaches in a large matrix product; "transformers / ours" above 1 means that ours is faster.
     """
-    model_config = config.model_config()
-    records = []
+    groups = {}
     for precision in args.precisions:
-        peak = matmul_peak(precision, setup)
         for batch in args.batch_sizes:
-            cases = {}
-            for attention in args.attn:
-                for library in ("ours", *args.against):
-                    cases[attention, library] = ForwardCase(
-                        library=library,
-                        config=model_config,
-                        attention=attention,
-                        head=args.head,
-                        precision=precision,
-                        batch=batch,
-                        device=setup.device,
-                    )
-            record = {"precision": precision, "batch": batch}
-            record |= inference_columns(measure(cases, setup), cases, peak)
-            records.append(record)
-    return records
+            cases = inference_cases(config.model_config(), precision, batch, args, setup)
+            groups[precision, batch] = cases
+    progress = Progress(list(groups.values()), setup)
+    peaks = {precision: matmul_peak(precision, setup) for precision in args.precisions}
+
+    for (precision, batch), cases in groups.items():
+        results = measure(cases, setup, progress)
+        columns = inference_columns(results, cases, peaks[precision])
+        yield {"precision": precision, "batch": batch, **columns}
+
+
+def inference_cases(
+    model_config: ViTMSNConfig, precision: str, batch: int, args: argparse.Namespace, setup: Setup
+) -> dict[tuple, ForwardCase]:
+    """What one line compares, by attention and library."""
+    cases = {}
+    for attention in args.attn:
+        for library in ("ours", *args.against):
+            cases[attention, library] = ForwardCase(
+                library=library,
+                config=model_config,
+                attention=attention,
+                head=args.head,
+                precision=precision,
+                batch=batch,
+                device=setup.device,
+            )
+    return cases
 
 
 def inference_columns(results: dict, cases: dict[tuple, ForwardCase], peak: float) -> dict:
@@ -340,10 +439,8 @@ def inference_columns(results: dict, cases: dict[tuple, ForwardCase], peak: floa
         result = results[attention, library]
         ours = results[attention, "ours"]
         if library == "ours":
-            patches = case.config.grid_size**2
-            flops = case.batch * forward_flops(case.config, patches, case.head == "classifier")
             columns[attention] = result
-            columns[f"{attention}, of peak"] = flops / result["median"] / peak
+            columns[f"{attention}, of peak"] = case.work() / result["median"] / peak
         else:
             columns[f"{attention}, {library}"] = result
             columns[f"{attention}, {library} / ours"] = result["median"] / ours["median"]
@@ -369,6 +466,9 @@ class StepCase(Case):
 
     def prepare(self) -> Timed:
         return step_parts(self.config, self.attention, self.source_size, self.device)["step"]
+
+    def work(self) -> float:
+        return step_flops(self.config)
 
 
 def step_parts(
@@ -418,82 +518,101 @@ def step_parts(
     }
 
 
-def train_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> list[dict]:
+def train_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> Iterator[dict]:
     """One pretraining step: its time, its peak memory, and the share that each part takes of it.
 
     A line for each attention implementation. The parts are timed one by one, so that their shares
     need not add up to 1.
     """
     peak = matmul_peak(config.precision, setup)
-    records = step_records([config], "mask_ratio", peak, args, setup)
-    for record in records:
+    cases = step_cases([config], "mask_ratio", args, setup)
+    # Six parts with all that goes before each of them: some three steps.
+    work_of_a_part = step_flops(config) / 2
+    work_of_all = 6 * len(cases) * (WARM_UPS + setup.repeats) * work_of_a_part
+    progress = Progress([cases], setup, other_work=work_of_all)
+
+    for record in step_records(measure(cases, setup, progress), cases, "mask_ratio", peak):
         parts = step_parts(config, record["attention"], args.source_size, setup.device)
-        results = time_in_turn(parts, setup)
+        works = dict.fromkeys(parts, work_of_a_part)
+        results = time_in_turn(parts, works, setup, progress)
         whole = results.pop("step")
         for part, result in results.items():
             record[part] = result["median"] / whole["median"]
-    return records
+        yield record
 
 
-def masking_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> list[dict]:
+def masking_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> Iterator[dict]:
     """What masking saves: a step with mask ratios from 0 to 0.9, without focal views by default.
 
-    A line for each attention implementation and each mask ratio.
+    A line for each attention implementation and each mask ratio; all are timed in turn, so all
+    lines come at the end.
     """
     peak = matmul_peak(config.precision, setup)
     configs = [replace(config, mask_ratio=tenths / 10) for tenths in range(10)]
-    return step_records(configs, "mask_ratio", peak, args, setup)
+    cases = step_cases(configs, "mask_ratio", args, setup)
+    results = measure(cases, setup, Progress([cases], setup))
+    yield from step_records(results, cases, "mask_ratio", peak)
 
 
 GROWING = ("image_size", "num_prototypes", "focal_views", "batch_size")
 
 
-def growth_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> list[dict]:
+def growth_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> Iterator[dict]:
     """What growth costs: a step with one setting doubled and doubled again, the others as given.
 
-    A line for each of image size, prototypes, focal views and batch size, each attention
-    implementation and each value. The time grows as this "power" of the value, since the line
-    before: 1 is linear. (Twice the image size makes four times as many patches.)
+    A table for each of image size, prototypes, focal views and batch size, with a line for each
+    attention implementation and each value. The time grows as this "power" of the value, since the
+    line before: 1 is linear. (Twice the image size makes four times as many patches.)
     """
     peak = matmul_peak(config.precision, setup)
-    records = []
+    groups = {}
     for name in GROWING:
         start = max(getattr(config, name), 1)
         configs = [replace(config, **{name: factor * start}) for factor in (1, 2, 4)]
-        own_records = step_records(configs, name, peak, args, setup)
-        for before, record in itertools.pairwise(own_records):
-            if record[name] > before[name]:  # else the next attention implementation begins
+        groups[name] = step_cases(configs, name, args, setup)
+    progress = Progress(list(groups.values()), setup)
+
+    for name, cases in groups.items():
+        before = None
+        for record in step_records(measure(cases, setup, progress), cases, name, peak):
+            record["power"] = None
+            if before and record[name] > before[name]:  # else another implementation begins
                 slower = record["step"]["median"] / before["step"]["median"]
                 record["power"] = math.log2(slower)
-        records += own_records
-    return records
+            before = record
+            yield record
 
 
-def step_records(
-    configs: list[TrainConfig], varied: str, peak: float, args: argparse.Namespace, setup: Setup
-) -> list[dict]:
-    """Records of whole steps, by attention implementation, then by the setting that is varied.
+def step_cases(
+    configs: list[TrainConfig], varied: str, args: argparse.Namespace, setup: Setup
+) -> dict[tuple, StepCase]:
+    """Whole steps, by attention implementation and the value of the setting that is varied.
 
-    configs: settings that differ in nothing but `varied`. peak: of matmul_peak, in FLOP/s.
+    configs: settings that differ in nothing but `varied`.
     """
     cases = {}
     for attention in args.attn:
         for config in configs:
             case = StepCase(config, attention, args.source_size, setup.device)
             cases[attention, getattr(config, varied)] = case
+    return cases
 
+
+def step_records(
+    results: dict[tuple, dict], cases: dict[tuple, StepCase], varied: str, peak: float
+) -> list[dict]:
+    """Records of whole steps. results: of measure(cases); peak: of matmul_peak, in FLOP/s."""
     records = []
-    for (attention, value), result in measure(cases, setup).items():
-        config = cases[attention, value].config
-        flops = step_flops(config)
+    for (attention, value), case in cases.items():
+        result = results[attention, value]
         seconds = result["median"]
         record = {
             "attention": attention,
             varied: value,
             "step": result,
-            "GFLOP": flops / 1e9,
-            "images/s": config.batch_size / seconds,
-            "of peak": flops / seconds / peak,
+            "GFLOP": case.work() / 1e9,
+            "images/s": case.config.batch_size / seconds,
+            "of peak": case.work() / seconds / peak,
         }
         records.append(record)
     return records
@@ -642,7 +761,7 @@ def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
     return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
 
-def views_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> list[dict]:
+def views_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> Iterator[dict]:
     """Our view generator against Pillow, which makes one view of one picture at a time, on the CPU.
 
     "Pillow / ours" above 1 means that ours is faster.
@@ -656,14 +775,13 @@ def views_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> 
     height, width = args.source_size
     ours = results["ours"]
     pillow = results["Pillow"]
-    record = {
+    yield {
         "source": f"{height}x{width}",
         "views": 1 + config.random_views + config.focal_views,
         "ours": ours,
         "Pillow": pillow,
         "Pillow / ours": pillow["median"] / ours["median"],
     }
-    return [record]
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -846,7 +964,7 @@ VIEWS_SETTINGS = {
 class Suite:
     """A subcommand of bench.py. A new one is a function and an entry in SUITES."""
 
-    run: Callable[[TrainConfig, argparse.Namespace, Setup], list[dict]]  # -> records of the table
+    run: Callable[[TrainConfig, argparse.Namespace, Setup], Iterator[dict]]  # -> records
     add_flags: Callable[[argparse.ArgumentParser], None]  # its own; they replace train_msn.py's
     settings: set[str]  # of train_msn.py, those that make a difference to it
     instead: str  # what to use in place of the other settings, ...
@@ -1023,28 +1141,52 @@ def processor_name() -> str:
     return found[1] if found else sys.platform
 
 
+UNITS = {"image_size": "pixels", "batch": "images", "batch_size": "images", "source": "pixels"}
+
+
+def column_title(name: str, value) -> str:
+    """The name of a column with its unit. value: of any record, as cell_text takes it."""
+    if isinstance(value, dict):
+        memory = ", MiB" if "memory" in value else ""
+        return f"{name}, ms [quartiles]{memory}"
+    return f"{name}, {UNITS[name]}" if name in UNITS else name
+
+
 def cell_text(value) -> str:
-    """A cell of the table: a text, a number, or a result of measure()."""
+    """A cell of the table: a text, a number, a result of measure(), or None, which is empty."""
+    if value is None:
+        return ""
     if isinstance(value, dict):
         median, low, high = (f"{1000 * value[name]:.4g}" for name in ("median", "low", "high"))
-        memory = f", {value['memory']:.0f} MiB" if "memory" in value else ""
+        memory = f", {value['memory']:.0f}" if "memory" in value else ""
         return f"{median} [{low}, {high}]{memory}"
     if isinstance(value, float):
         return f"{value:.3g}" if value < 100 else f"{value:.0f}"
     return str(value)
 
 
-def print_table(records: list[dict]) -> None:
-    """Records as a table in Markdown; a record without a column has an empty cell there."""
-    columns = []
-    for record in records:
-        columns += [name for name in record if name not in columns]
+class Table:
+    """Prints records as they come, as tables in Markdown: a new one where the columns change."""
 
-    lines = [columns, ["---"] * len(columns)]
-    for record in records:
-        lines.append([cell_text(record.get(name, "")) for name in columns])
-    for line in lines:
-        print("| " + " | ".join(line) + " |")
+    def __init__(self):
+        self.titles: list[str] = []
+
+    def add(self, record: dict) -> None:
+        titles = [column_title(name, value) for name, value in record.items()]
+        if titles != self.titles:
+            if self.titles:
+                say("")
+            self.titles = titles
+            self.print_line(titles)
+            self.print_line(["-" * len(title) for title in titles])
+        self.print_line([cell_text(value) for value in record.values()])
+
+    def print_line(self, cells: list[str]) -> None:
+        """The columns stand below one another, unless a cell is wider than its title."""
+        padded = []
+        for cell, title in zip(cells, self.titles, strict=True):
+            padded.append(cell.ljust(len(title)))
+        say("| " + " | ".join(padded) + " |")
 
 
 def main(argv: list[str]) -> None:
@@ -1067,8 +1209,11 @@ def main(argv: list[str]) -> None:
     print(", ".join(f"{name} {cell_text(value)}" for name, value in machine.items()), flush=True)
     print()
 
-    records = SUITES[args.suite].run(config, args, setup)
-    print_table(records)
+    records = []
+    table = Table()
+    for record in SUITES[args.suite].run(config, args, setup):
+        table.add(record)
+        records.append(record)
     if args.json:
         flags = {**vars(args), "device": setup.device, "clock": setup.clock}
         content = {"suite": args.suite, "machine": machine, "flags": flags, "rows": records}

@@ -64,8 +64,10 @@ def run(tmp_path, capsys, *argv: str) -> list[dict]:
         assert str(content["machine"][name]) in first_line
 
     table_lines = [line for line in printed.out.splitlines() if line.startswith("| ")]
+    num_tables = len([line for line in table_lines if line.startswith("| --")])
     names_and_dashes = 2
-    assert len(table_lines) == names_and_dashes + len(content["rows"])
+    assert len(table_lines) == names_and_dashes * num_tables + len(content["rows"])
+    assert num_tables == (4 if argv[0] == "growth" else 1)
     return content["rows"]
 
 
@@ -93,6 +95,10 @@ def fake_setup(**changes) -> bench.Setup:
     return replace(bench.Setup(CPU, 1, 1, False, FakeClock()), **changes)
 
 
+def no_progress(setup: bench.Setup) -> bench.Progress:
+    return bench.Progress([], setup)
+
+
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=9))
 def test_only_runs_after_the_warm_up_are_timed_and_never_the_making_of_their_input(durations):
     """The result is the quartiles of run's durations, without the warm-up and the inputs."""
@@ -103,7 +109,8 @@ def test_only_runs_after_the_warm_up_are_timed_and_never_the_making_of_their_inp
         setup.clock.advance(10_000)
         return next(all_durations)
 
-    result = bench.time_in_turn({"one": bench.Timed(new_input, setup.clock.advance)}, setup)["one"]
+    timed = {"one": bench.Timed(new_input, setup.clock.advance)}
+    result = bench.time_in_turn(timed, {"one": 1.0}, setup, no_progress(setup))["one"]
     expected = torch.tensor(durations, dtype=torch.float64).quantile(
         torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     )
@@ -119,7 +126,8 @@ def test_the_cases_run_in_turn():
         timed[name] = bench.Timed(
             lambda name=name, inputs=inputs: (name, next(inputs)), events.append
         )
-    bench.time_in_turn(timed, fake_setup(repeats=2))
+    setup = fake_setup(repeats=2)
+    bench.time_in_turn(timed, {"A": 1.0, "B": 1.0}, setup, no_progress(setup))
     assert events == [(name, i) for i in range(bench.WARM_UPS + 2) for name in ("A", "B")]
 
 
@@ -152,6 +160,103 @@ class KilledCase(bench.Case):
 def test_a_case_that_the_system_kills_is_an_error_not_a_wait():
     with pytest.raises(BrokenProcessPool):
         bench.measure({"too large": KilledCase()}, fake_setup(memory=True))
+
+
+# ---- What is said while it measures
+
+
+class SlowCase(bench.Case):
+    """Sleeps a hundredth of a second for each unit of its work."""
+
+    def __init__(self, units: float):
+        self.units = units
+
+    def prepare(self) -> bench.Timed:
+        return bench.Timed(lambda: 0.01 * self.units, time.sleep)
+
+    def work(self) -> float:
+        return self.units
+
+
+def test_the_first_run_tells_how_long_all_of_it_will_take():
+    """Time left is the work left at the speed so far, and 0 at the end, over all groups."""
+    setup = fake_setup(repeats=3)
+    groups = [{"short": SlowCase(1), "long": SlowCase(2)}, {"longer": SlowCase(4)}]
+    progress = bench.Progress(groups, setup)
+    runs_of_each = bench.WARM_UPS + 3
+    progress.saw_run(work=2, seconds=10)
+    assert progress.time_left() == runs_of_each * (1 + 2 + 4) * 10 / 2
+
+    for group in groups:
+        bench.measure(group, setup, progress)
+    assert progress.time_left() == pytest.approx(0)
+    assert progress.group == 2
+
+
+def test_memory_that_is_yet_to_be_measured_counts_as_long_as_the_last_time():
+    """Each case takes a process of its own, which takes longer to start than to run."""
+    cases = {name: SlowCase(1) for name in "abc"}
+    progress = bench.Progress([cases], fake_setup(memory=True, repeats=1))
+    progress.saw_run(work=1, seconds=1)
+    progress.memory_left = 2
+    progress.memory_seconds = 5
+    assert progress.time_left() == 3 * (bench.WARM_UPS + 1) + 2 * 5
+
+
+def test_without_a_terminal_only_the_whole_time_is_said(capsys):
+    """A file gets one line on how long it takes, and no line that is written over."""
+    bench.measure({("eager", 3): SlowCase(0.1)}, fake_setup(repeats=2))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "this takes about 0:00:00 (h:mm:ss)\n"
+
+
+def test_on_a_terminal_case_repeat_and_time_left_stand_in_one_line(monkeypatch, capsys):
+    """The line names the part, the repeat, the case and the time left, and is written over."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    setup = fake_setup(repeats=2)
+    groups = [{("eager", 3): SlowCase(0.1), ("sdpa", 3): SlowCase(0.1)}] * 2
+    bench.measure(groups[0], setup, bench.Progress(groups, setup))
+
+    first, *others = capsys.readouterr().err.split("\r\033[K")[1:]
+    assert first == "part 1 of 2, warm-up 1 of 2, case 1 of 2: eager, 3"
+    assert others[0].startswith("this takes about 0:00:0") and others[0].endswith("\n")
+    assert others[-1] == ("part 1 of 2, repeat 2 of 2, case 2 of 2: sdpa, 3; about 0:00:00 left")
+    assert not any("\n" in text for text in others[1:])
+    assert max(map(len, others)) < 80
+
+
+def test_a_line_of_the_table_is_printed_as_soon_as_it_is_known(monkeypatch, capsys):
+    """When a line is measured, those before it stand there already."""
+    seen = []
+
+    def measure_and_look(cases, *_):
+        seen.append(capsys.readouterr().out.count("| float32"))
+        return {name: {"median": 1.0, "low": 1.0, "high": 1.0} for name in cases}
+
+    monkeypatch.setattr(bench, "measure", measure_and_look)
+    assert run_program(bench.main, ["inference", *TINY_MODEL, "--batch-sizes", "1", "2", "3"]) == 0
+    assert seen == [0, 1, 1]  # of what was printed since the last look
+
+
+def test_the_titles_of_columns_have_units(capsys):
+    """Times are in ms, memory in MiB, sizes in pixels or images."""
+    table = bench.Table()
+    time_and_memory = {"median": 1.0, "low": 0.5, "high": 2.0, "memory": 99.7}
+    table.add({"image_size": 32, "step": time_and_memory, "power": None})
+    table.add({"image_size": 64, "step": time_and_memory, "power": 1.5})
+    table.add({"batch_size": 8, "step": {"median": 1.0, "low": 0.5, "high": 2.0}})
+    assert capsys.readouterr().out.splitlines() == [
+        "| image_size, pixels | step, ms [quartiles], MiB | power |",
+        "| ------------------ | ------------------------- | ----- |",
+        "| 32                 | 1000 [500, 2000], 100     |       |",
+        "| 64                 | 1000 [500, 2000], 100     | 1.5   |",
+        "",
+        "| batch_size, images | step, ms [quartiles] |",
+        "| ------------------ | -------------------- |",
+        "| 8                  | 1000 [500, 2000]     |",
+    ]
 
 
 # ---- Operations
@@ -259,14 +364,13 @@ def test_train_shows_the_whole_step_its_memory_and_its_parts(tmp_path, capsys):
         assert 0 < record[part] < 1
 
 
-def test_a_step_s_share_of_the_peak_is_its_speed_over_that_of_a_matrix_product(monkeypatch):
+def test_a_step_s_share_of_the_peak_is_its_speed_over_that_of_a_matrix_product():
     """Of peak = FLOPs of the step / seconds / peak."""
-    monkeypatch.setattr(
-        bench, "measure", lambda cases, _: {name: {"median": 0.5} for name in cases}
-    )
     config = make_config({})
     args = SimpleNamespace(attn=["sdpa"], source_size=[32, 32])
-    (record,) = bench.step_records([config], "mask_ratio", 1e9, args, fake_setup())
+    cases = bench.step_cases([config], "mask_ratio", args, fake_setup())
+    results = {name: {"median": 0.5} for name in cases}
+    (record,) = bench.step_records(results, cases, "mask_ratio", 1e9)
     assert record["of peak"] == pytest.approx(bench.step_flops(config) / 0.5 / 1e9)
     assert record["GFLOP"] == pytest.approx(bench.step_flops(config) / 1e9)
 
@@ -274,11 +378,11 @@ def test_a_step_s_share_of_the_peak_is_its_speed_over_that_of_a_matrix_product(m
 def test_a_part_s_share_is_its_time_over_that_of_the_step(tmp_path, capsys, monkeypatch):
     """A part that takes a second of a step of four has the share 1/4."""
 
-    def made_up_times(timed: dict, setup: bench.Setup) -> dict:
+    def made_up_times(timed: dict, *_) -> dict:
         return {name: {"median": 4.0 if name == "step" else 1.0} for name in timed}
 
     times = {"median": 4.0, "low": 4.0, "high": 4.0}
-    monkeypatch.setattr(bench, "measure", lambda cases, _: dict.fromkeys(cases, times))
+    monkeypatch.setattr(bench, "measure", lambda cases, *_: dict.fromkeys(cases, times))
     monkeypatch.setattr(bench, "time_in_turn", made_up_times)
     (record,) = run(tmp_path, capsys, "train", *TINY_STEP)
     for part in ("views", "forward", "backward", "optimizer", "EMA"):
@@ -336,11 +440,11 @@ def test_growth_doubles_one_setting_at_a_time(tmp_path, capsys):
         varied.append((record["attention"], name, record[name]))
     assert varied == expected
 
-    assert ["power" in record for record in records] == [False, True, True] * 8
+    assert [record["power"] is None for record in records] == [True, False, False] * 8
     for before, record in itertools.pairwise(records):
         seconds = record["step"]["median"]
         assert record["images/s"] == pytest.approx(record.get("batch_size", 4) / seconds)
-        if "power" in record:
+        if record["power"] is not None:
             assert 2 ** record["power"] == pytest.approx(seconds / before["step"]["median"])
 
 
@@ -450,7 +554,7 @@ def test_every_setting_that_a_suite_takes_is_looked_at(name):
     args.batch_sizes = [1]
 
     RecordedConfig.read.clear()
-    suite.run(config, args, setup)
+    list(suite.run(config, args, setup))
     used_before = {"recipe", "device"}
     assert suite.settings - used_before <= RecordedConfig.read
 
@@ -509,7 +613,8 @@ def test_a_number_below_one_is_refused_in_one_line(capsys):
         (0.12345, "0.123"),
         (1234.6, "1235"),
         ({"median": 0.0123456, "low": 0.01, "high": 2.0}, "12.35 [10, 2000]"),
-        ({"median": 1.0, "low": 0.5, "high": 2.0, "memory": 99.7}, "1000 [500, 2000], 100 MiB"),
+        ({"median": 1.0, "low": 0.5, "high": 2.0, "memory": 99.7}, "1000 [500, 2000], 100"),
+        (None, ""),
     ],
 )
 def test_a_cell_shows_times_in_milliseconds_and_memory_in_mebibytes(value, text):
