@@ -34,9 +34,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from pictures import Line, Panel, Point, Tile, save_plot, save_sheet
 from train_msn import (
     TRIES,
     ImageFiles,
@@ -55,11 +57,10 @@ from train_msn import (
     open_data,
     opt,
     picture_endings,
+    picture_of,
     run_program,
     runs_by_age,
     save_neighbours,
-    save_plot,
-    save_sheet,
     start_processes,
     to_picture,
     warmup_cosine,
@@ -921,8 +922,7 @@ def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> None:
 
         cells += line
         write_csv(folder / "table.csv", CELL_COLUMNS, cells)
-        panels = {"accuracy against labelled images per class": accuracy_curves(cells)}
-        save_plot(folder / "table.png", panels, log_x=True)
+        save_plot(folder / "table.png", [accuracy_panel(cells)])
 
 
 def columns_of(experiment: Experiment, method: str) -> list[str]:
@@ -983,13 +983,32 @@ def print_line(experiment: Experiment, method: str, line: list[dict]) -> None:
     print(f"{method:<10}" + "".join(f"{text:>13}" for text in texts.values()), flush=True)
 
 
-def accuracy_curves(cells: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """For each method its points (labelled images per class, mean accuracy), from left to right."""
-    curves: dict[str, list[tuple[float, float]]] = {}
+def accuracy_panel(cells: list[dict]) -> Panel:
+    """The plot of a table: for each method a curve, accuracy in % against labels per class.
+
+    Columns that are a share of the labels stay out: they have as many labels per class as other
+    columns, or about as many, but not as many of each class. All labels are not a share.
+    """
+    curves: dict[str, list[Point]] = {}
+    ticks = {}
     for cell in cells:
-        point = (cell["labels_per_class"], cell["mean"])
+        is_all = cell["column"] == ALL_LABELS
+        if cell["column"].endswith("%") and not is_all:
+            continue
+        x = cell["labels_per_class"]
+        ticks[x] = f"all ({x:g})" if is_all else f"{x:g}"
+        point = Point(x, 100 * cell["mean"], 100 * (cell["sd"] or 0))
         curves.setdefault(cell["method"], []).append(point)
-    return {method: sorted(points) for method, points in curves.items()}
+
+    return Panel(
+        title="accuracy in %: mean and standard deviation over draws",
+        x_label="labelled images per class, on a logarithmic axis",
+        y_label="",
+        curves={method: sorted(points) for method, points in curves.items()},
+        log_x=True,
+        x_ticks=ticks,
+        y_range=(0, 100),
+    )
 
 
 def write_csv(path: Path, columns: tuple[str, ...], records: list[dict]) -> None:
@@ -1190,7 +1209,9 @@ def make_table(config: FinetuneConfig) -> None:
 
 PICTURE_CACHE = 2**28  # bytes of decoded pictures to keep in memory
 MOST_QUERIES = 8  # lines on a sheet of neighbours
-DIMMEST = 0.15  # brightness of a picture where no attention goes
+HIGHLIGHT = np.array([255.0, 90.0, 0.0])  # the colour of attention
+MOST_HIGHLIGHT = 0.85  # its share where most attention goes
+ATTENTION_CELL = 320  # pixels, side of a picture on a sheet of attention maps
 
 
 def train_and_save(config: FinetuneConfig) -> None:
@@ -1297,14 +1318,33 @@ def predict(config: FinetuneConfig, model: Classifier, pictures: ImageFiles) -> 
 
 
 def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> None:
-    """A sheet per picture: the picture and, for each head of the last layer, where it looks."""
+    """A sheet per picture: the picture, what the model sees of it, and where each head of the last
+    layer looks. Each head has its own scale, from where it looks least to where it looks most."""
     folder = Path(config.output_dir or run_folder(config.checkpoint) / "attention")
+    large_pictures = ImageFiles(pictures.paths, ATTENTION_CELL, PICTURE_CACHE, check=False)
     for i, path in enumerate(pictures.paths):
-        picture, maps = attention_maps(model, pictures, i)
-        heads = [shade(picture, attention_map) for attention_map in maps]
-        titles = ["picture"] + [f"head {h + 1}" for h in range(len(heads))]
-        save_sheet(folder / f"{i:04d}-{path.stem}.png", [[picture, *heads]], titles, cell=224)
+        seen, maps = attention_maps(model, pictures, i)
+        picture = picture_of(large_pictures, i)  # at its own resolution, if that is not coarser
+        square = resized(picture, Image.Resampling.BILINEAR)
+        large_maps = F.interpolate(maps[None], (ATTENTION_CELL, ATTENTION_CELL), mode="bilinear")[0]
+
+        line = Line(
+            [Tile(at_least_as_large(picture)), Tile(resized(seen, Image.Resampling.NEAREST))]
+        )
+        header = ["picture", "as the model sees it"]
+        for h, attention_map in enumerate(maps):
+            most = 100 * attention_map.max().item()
+            caption = f"at most {most:.2g} % on a patch"
+            line.tiles.append(Tile(highlight(square, large_maps[h]), caption))
+            header.append(f"head {h + 1}")
+        save_sheet(folder / f"{i:04d}-{path.stem}.png", [line], header, cell=ATTENTION_CELL)
     print(f"written: {len(pictures)} sheets in {folder}")
+
+
+def resized(picture: np.ndarray, how: Image.Resampling) -> np.ndarray:
+    """A picture as a square of ATTENTION_CELL pixels. h w 3, uint8."""
+    image = Image.fromarray(picture).resize((ATTENTION_CELL, ATTENTION_CELL), how)
+    return np.asarray(image)
 
 
 @torch.no_grad()
@@ -1325,13 +1365,27 @@ def attention_maps(model: ViTMSNModel, pictures: ImageFiles, i: int) -> tuple[np
     return to_picture(pixels[0]), maps[0]
 
 
-def shade(picture: np.ndarray, attention_map: Tensor) -> np.ndarray:
-    """The picture, darker where less attention goes.
+def at_least_as_large(picture: np.ndarray) -> np.ndarray:
+    """The picture, enlarged if its longer side is less than ATTENTION_CELL. h w 3, uint8."""
+    image = Image.fromarray(picture)
+    factor = ATTENTION_CELL / max(image.size)
+    if factor > 1:
+        size = (round(image.width * factor), round(image.height * factor))
+        image = image.resize(size, Image.Resampling.NEAREST)
+    return np.asarray(image)
 
-    picture: size size 3 (uint8), attention_map: size size -> size size 3 (uint8).
+
+def highlight(picture: np.ndarray, attention_map: Tensor) -> np.ndarray:
+    """The picture in grey, and the more of it in HIGHLIGHT, the more attention goes there.
+
+    The least of the map is plain grey, the most is MOST_HIGHLIGHT. picture: size size 3 (uint8),
+    attention_map: size size -> size size 3 (uint8).
     """
-    brightness = DIMMEST + (1 - DIMMEST) * attention_map / attention_map.max()
-    return (picture * brightness.unsqueeze(-1).numpy()).astype(np.uint8)
+    low, high = attention_map.aminmax()
+    share = (attention_map - low) / (high - low).clamp(min=1e-12)
+    opacity = MOST_HIGHLIGHT * share.unsqueeze(-1).numpy()
+    grey = np.asarray(Image.fromarray(picture).convert("L").convert("RGB"))
+    return (grey + opacity * (HIGHLIGHT - grey)).round().astype(np.uint8)
 
 
 def embed(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> None:

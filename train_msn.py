@@ -40,14 +40,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from pictures import RIGHT, WRONG, HeatMap, Line, Panel, Point, Tile
+from pictures import save_gradient_flow, save_heat_maps, save_plot, save_sheet
 from vitmsn import IMAGENET_MEAN, IMAGENET_STD, normalize, to_rgb
 from vitmsn import PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNModel
 from vitmsn import from_original, read_tensors, to_original, write_file
 from vitmsn import log_assign, num_patches_to_keep, one_process, sample_patches_to_keep
+from vitmsn import sharpen, sinkhorn
 
 # ---- Settings: one frozen dataclass, from which the command line is derived ----------------------
 PRECISIONS = ("auto", "float32", "bfloat16", "float64")
@@ -233,7 +236,7 @@ RECIPE_LINES = {
 }
 
 # ---- Random numbers: each draw is a function of the seed and of what it is for -------------------
-ORDER, VIEWS, MASKS, DROPOUT, IMAGES = range(5)  # streams, for generator_for
+ORDER, VIEWS, MASKS, DROPOUT, IMAGES, CHOICE = range(6)  # streams, for generator_for
 
 
 def generator_for(seed: int, *stream: int) -> torch.Generator:
@@ -509,7 +512,7 @@ def train(
             return
 
     if processes.is_first:
-        finish_run(folder, model, data, config, steps.stop, record.elapsed())
+        finish_run(folder, model, data, config, steps.stop, record.elapsed(), processes)
 
 
 def steps_to_do(config: TrainConfig, steps_per_epoch: int, content: dict | None) -> range:
@@ -1568,9 +1571,13 @@ def squash(batch: Batch, size: int, device: torch.device) -> Tensor:
     return crop_and_resize(batch.images.to(device), boxes, no_flip, size)
 
 
-def spread(images: Dataset, count: int) -> list[int]:
-    """Indices of at most `count` images, evenly spaced."""
-    return torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
+def some_of(images: Dataset, count: int) -> list[int]:
+    """Indices of at most `count` images, ascending: a random choice, the same every time.
+
+    (Evenly spaced ones would miss classes if these take turns in the data set.)
+    """
+    order = torch.randperm(len(images), generator=generator_for(0, CHOICE))
+    return order[:count].sort().values.tolist()
 
 
 def knn_predict(
@@ -1603,7 +1610,7 @@ def knn_accuracy(
     encoder None: raw pixels, of at most 64 x 64 (those of the published recipes take 80 GiB).
     """
     size = config.image_size if encoder else min(config.image_size, 64)
-    train, train_kept = embed_images(encoder, data.train, spread(data.train, 20000), size, device)
+    train, train_kept = embed_images(encoder, data.train, some_of(data.train, 20000), size, device)
     val, val_kept = embed_images(encoder, data.val, list(range(len(data.val))), size, device)
     predicted = knn_predict(train, data.train_labels[train_kept], val)
     return (predicted == data.val_labels[val_kept]).float().mean().item()
@@ -1985,18 +1992,16 @@ def finish_run(
     config: TrainConfig,
     step: int,
     elapsed: float,
+    processes: "Processes",
 ) -> None:
     """Write the encoder as a folder that transformers loads, the pictures, and summary.json with a
     comparison: what does k-NN get right without any training?"""
-    device = model.prototypes.device
+    device = processes.device
     save_encoder(folder / "encoder", model, config)
-    path = folder / "neighbours.png"
-    save_neighbours(path, model.target_encoder, data, config.image_size, device)
-    save_curves(folder)
 
     summary = {"step": step, "minutes": round(elapsed / 60, 2)}
     alone = Processes(0, 1, device)  # no other process takes part in this
-    twin = build_model(replace(config, init_from=""), alone)
+    twin = build_model(replace(config, init_from="", compile=False), alone)
     if data.val is not None:
         candidates = {
             "target encoder": model.target_encoder,
@@ -2010,8 +2015,7 @@ def finish_run(
     # From here on the twin has the trained weights. In `model`, batch norm in the projection head
     # would wait for the other processes.
     twin.load_state_dict(model.state_dict())
-    path = folder / "prototypes.png"
-    save_neighbours(path, twin.target_encoder, data, config.image_size, device, twin.prototypes)
+    save_pictures(folder, twin, data, config, summary, config.batch_size // processes.count)
     write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
     took = clock_time(elapsed)
     print(f"done in {took} (h:mm:ss): {folder}/encoder, pictures *.png", flush=True)
@@ -2151,12 +2155,36 @@ def join_process_group(rank: int, count: int, backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
-COLORS = ("#1f5fa8", "#c8501e", "#2f8a4a", "#7a4fa0", "#8a6d1f", "#555555", "#c02070")
-GREY_FRAME = "#bbbbbb"
-GREY_TEXT = "#555555"
+# ---- Pictures: what they show; how they are drawn is in pictures.py ------------------------------
 NEIGHBOURS = 7  # in a line of a sheet
 DROPPED = np.uint8([255, 220, 180])  # a pale orange, for patches that the encoder does not see
+MOST_POINTS = 100  # of a curve
+BASELINES = ("untrained encoder", "raw pixels")  # beside the target encoder in summary.json
+PICTURED = 64  # images whose assignments and gradients are drawn, and prototypes, at most
+
+
+def save_pictures(
+    folder: Path,
+    model: ViTMSNForPreTraining,
+    data: Images,
+    config: TrainConfig,
+    summary: dict[str, float],
+    batch: int,
+) -> None:
+    """All pictures of a finished run but views.png. summary: with the accuracies of the baselines;
+    batch: as many images as surely fit into memory."""
+    device = model.prototypes.device
+    baselines = {name: summary[name] for name in BASELINES if name in summary}
+    save_curves(folder, config, baselines)
+
+    encoder = model.target_encoder
+    save_neighbours(folder / "neighbours.png", encoder, data, config.image_size, device)
+    path = folder / "prototypes.png"
+    save_neighbours(path, encoder, data, config.image_size, device, model.prototypes)
+
+    views = pictured_views(data, config, min(PICTURED, batch), device)
+    save_assignments(folder / "assignments.png", model, views, config)
+    save_gradients(folder / "gradients.png", model, views)
 
 
 def to_picture(
@@ -2178,31 +2206,6 @@ def to_picture(
     return np.where(is_kept, picture, DROPPED)
 
 
-def save_png(path: Path, sheet: Image.Image) -> None:
-    write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
-
-
-def save_sheet(path: Path, rows: list[list[np.ndarray]], header: list[str], cell: int = 96) -> None:
-    """A table of pictures, the columns named. Pictures of one row are to one scale, so that a focal
-    view is seen to be smaller. cell: pixels, of the largest picture in each row."""
-    gap = 4
-    title_height = 16
-    pitch = cell + gap
-    sheet = Image.new("RGB", (len(header) * pitch, len(rows) * pitch + title_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(header):
-        draw.text((column * pitch + 2, 2), title, fill="black")
-
-    for r, row in enumerate(rows):
-        largest = max(max(picture.shape) for picture in row)
-        for column, picture in enumerate(row):
-            image = Image.fromarray(picture)
-            size = [max(1, side * cell // largest) for side in image.size]
-            image = image.resize(size, Image.Resampling.NEAREST)
-            sheet.paste(image, (column * pitch, title_height + r * pitch))
-    save_png(path, sheet)
-
-
 def save_views(path: Path, views: Views, config: TrainConfig) -> None:
     """A sheet of what the encoders see: for a few images the target view and the anchor views, with
     their masks."""
@@ -2210,13 +2213,15 @@ def save_views(path: Path, views: Views, config: TrainConfig) -> None:
     for keep in views.patches_to_keep:
         header.append("focal view" if keep is None else "random view")
 
-    rows = []
-    for b in range(min(6, len(views.target_view))):
-        row = [to_picture(views.target_view[b])]
+    lines = []
+    for b in range(min(4, len(views.target_view))):
+        line = Line([Tile(to_picture(views.target_view[b]))])
         for view, keep in zip(views.anchor_views, views.patches_to_keep, strict=True):
-            row.append(to_picture(view[b], None if keep is None else keep[b], config.patch_size))
-        rows.append(row)
-    save_sheet(path, rows, header)
+            kept = None if keep is None else keep[b]
+            line.tiles.append(Tile(to_picture(view[b], kept, config.patch_size)))
+        lines.append(line)
+    note = "orange: patches that were dropped; the encoder does not see them"
+    save_sheet(path, lines, header, cell=240, note=note)
 
 
 @torch.no_grad()
@@ -2230,42 +2235,88 @@ def save_neighbours(
 ) -> None:
     """A sheet of training images: those nearest to a few validation images (to training images, if
     there are no others) or, given prototypes (k e), those nearest to a few of them."""
-    if prototypes is None:
-        header, rows = neighbours_of_images(encoder, data, size, device)
+    note = ""
+    if prototypes is not None:
+        header, lines = neighbours_of_prototypes(encoder, data, size, device, prototypes)
     else:
-        header, rows = neighbours_of_prototypes(encoder, data, size, device, prototypes)
-    save_sheet(path, rows, header)
+        header, lines = neighbours_of_images(encoder, data, size, device)
+        if data.train_labels is not None:
+            note = "green: of the query's class; red, with an x: of another class"
+    save_sheet(path, lines, header, note=note)
 
 
 def neighbours_of_images(
     encoder: ViTMSNModel, data: Images, size: int, device: torch.device
-) -> tuple[list[str], list[list[np.ndarray]]]:
+) -> tuple[list[str], list[Line]]:
     """Titles, and for each of eight images the image itself and its nearest training images."""
-    features, kept = embed_images(encoder, data.train, spread(data.train, 2000), size, device)
-    images = data.val or data.train
-    queries, query_indices = embed_images(encoder, images, spread(images, 8), size, device)
+    images = data.train if data.val is None else data.val
+    labels = data.train_labels if data.val is None else data.val_labels
+    query_indices = queries_of(images, labels)
+    bank_indices = some_of(data.train, 2000)
+    if data.val is None:
+        bank_indices = sorted(set(bank_indices) - set(query_indices))  # no query is its own
 
-    rows = []
+    features, kept = embed_images(encoder, data.train, bank_indices, size, device)
+    queries, query_indices = embed_images(encoder, images, query_indices, size, device)
+    lines = []
     for i, nearest in zip(query_indices, nearest_features(queries, features), strict=True):
-        neighbours = [picture_of(data.train, kept[place]) for place in nearest]
-        rows.append([picture_of(images, i), *neighbours])
-    return ["query", *nearest_titles(features)], rows
+        query_class = class_of(data, labels, i)
+        line = Line([Tile(picture_of(images, i), query_class)])
+        for place in nearest:
+            name = class_of(data, data.train_labels, kept[place])
+            picture = picture_of(data.train, kept[place])
+            if not name:
+                line.tiles.append(Tile(picture))
+            elif name == query_class:
+                line.tiles.append(Tile(picture, name, RIGHT))
+            else:
+                line.tiles.append(Tile(picture, "x " + name, WRONG))
+        lines.append(line)
+    return ["query", *nearest_titles(features)], lines
+
+
+def queries_of(images: Dataset, labels: Tensor | None) -> list[int]:
+    """Eight images to look for the neighbours of: of as many classes as there are, if possible."""
+    if labels is None:
+        return some_of(images, 8)
+    by_class = labels.argsort(stable=True)
+    places = torch.linspace(0, len(labels) - 1, min(8, len(labels))).long()
+    return by_class[places].tolist()
+
+
+def class_of(data: Images, labels: Tensor | None, i: int) -> str:
+    """The class of an image; "" without labels."""
+    return "" if labels is None else data.classes[labels[i]]
 
 
 def neighbours_of_prototypes(
     encoder: ViTMSNModel, data: Images, size: int, device: torch.device, prototypes: Tensor
-) -> tuple[list[str], list[list[np.ndarray]]]:
+) -> tuple[list[str], list[Line]]:
     """Titles, and for each of the eight prototypes that most images choose, its nearest images."""
-    features, kept = embed_images(encoder, data.train, spread(data.train, 2000), size, device)
+    features, kept = embed_images(encoder, data.train, some_of(data.train, 2000), size, device)
     projections = encoder.fc(encoder.norm(features.to(prototypes)))
-    choices = log_assign(projections, prototypes, 1.0).argmax(dim=-1)
+    choices = log_assign(projections, prototypes, 1.0).argmax(dim=-1).cpu()
     popularity = choices.bincount(minlength=len(prototypes))
-    queries = prototypes[popularity.topk(min(8, len(prototypes))).indices]
+    most_popular = popularity.topk(min(8, len(prototypes))).indices
 
-    rows = []
-    for nearest in nearest_features(queries, projections):
-        rows.append([picture_of(data.train, kept[place]) for place in nearest])
-    return nearest_titles(features), rows
+    lines = []
+    nearest_images = nearest_features(prototypes[most_popular.to(prototypes.device)], projections)
+    for prototype, nearest in zip(most_popular.tolist(), nearest_images, strict=True):
+        choosers = [
+            i for i, choice in zip(kept, choices.tolist(), strict=True) if choice == prototype
+        ]
+        title = [
+            f"prototype {prototype}",
+            "first choice of",
+            f"{len(choosers)} of {len(kept)} images",
+        ]
+        if data.train_labels is not None and choosers:
+            counts = data.train_labels[choosers].bincount()
+            share = counts.max().item() / len(choosers)
+            title.append(f"{100 * share:.0f} % {data.classes[counts.argmax()]}")
+        tiles = [Tile(picture_of(data.train, kept[place])) for place in nearest]
+        lines.append(Line(tiles, title))
+    return nearest_titles(features), lines
 
 
 def nearest_features(queries: Tensor, features: Tensor) -> list[list[int]]:
@@ -2284,78 +2335,143 @@ def picture_of(images: Dataset, i: int) -> np.ndarray:
     return images.__getitems__([i]).images[0].permute(1, 2, 0).numpy()
 
 
-Curves = dict[str, list[tuple[float, float]]]  # name -> points (x, y)
-
-
-def save_plot(path: Path, panels: dict[str, Curves], log_x: bool = False) -> None:
-    """Line plots side by side: title -> curves."""
-    width, height, legend_line = 360, 260, 16
-    most_curves = max(len(curves) for curves in panels.values())
-    sheet = Image.new("RGB", (width * len(panels), height + legend_line * most_curves), "white")
-    draw = ImageDraw.Draw(sheet)
-    for p, (title, curves) in enumerate(panels.items()):
-        box = Box(left=p * width + 48, top=28, right=(p + 1) * width - 16, bottom=height - 28)
-        draw_panel(draw, box, title, curves, log_x)
-        for number, name in enumerate(curves):
-            color = COLORS[number % len(COLORS)]
-            draw.text((box.left, height - 8 + legend_line * number), f"- {name}", fill=color)
-    save_png(path, sheet)
-
-
-class Box(NamedTuple):
-    """Where the curves of a panel go, in pixels."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-
-def draw_panel(
-    draw: ImageDraw.ImageDraw, box: Box, title: str, curves: Curves, log_x: bool
-) -> None:
-    """A frame with its title, the ends of both axes, and the curves."""
-    points = []
-    for curve in curves.values():
-        points += curve
-    x_low, y_low = np.min(points or [(1, 0)], axis=0).astype(float)
-    x_high, y_high = np.max(points or [(1, 0)], axis=0).astype(float)
-    if y_high == y_low:
-        y_high += 1  # a flat line is drawn at the bottom
-
-    draw.rectangle(box, outline=GREY_FRAME)
-    draw.text((box.left, 8), title, fill="black")
-    for y, at_y in ((y_low, box.bottom), (y_high, box.top)):
-        draw.text((box.left - 44, at_y - 6), f"{y:.3g}", fill=GREY_TEXT)
-    for x, at_x in ((x_low, box.left), (x_high, box.right)):
-        draw.text((at_x - 12, box.bottom + 4), f"{x:g}", fill=GREY_TEXT)
-
-    scale = np.log10 if log_x else np.asarray
-    for number, curve in enumerate(curves.values()):
-        x, y = np.reshape(curve, (-1, 2)).T
-        at_x = np.interp(scale(x), scale([x_low, x_high]), (box.left, box.right))
-        at_y = np.interp(y, (y_low, y_high), (box.bottom, box.top))
-        dots = np.stack([at_x, at_y], axis=1).ravel().tolist()
-        draw.line(dots, fill=COLORS[number % len(COLORS)], width=2)
-
-
-def save_curves(folder: Path) -> None:
-    """curves.png of a run: loss, prototypes in use and k-NN accuracy against the step."""
+def save_curves(folder: Path, config: TrainConfig, baselines: dict[str, float]) -> None:
+    """curves.png of a run: the terms of the loss, prototypes in use, and k-NN accuracy beside that
+    of the baselines (name -> accuracy), against the epoch."""
     metrics = read_table(folder / "metrics.csv")
     knn = read_table(folder / "knn.csv")
-    terms = ("loss", "cross_entropy", "memax", "entropy")
-    panels = {
-        "loss": {name: curve_of(metrics, name) for name in terms},
-        "prototypes in use": {"prototypes_used": curve_of(metrics, "prototypes_used")},
-        "k-NN accuracy": {"target encoder": curve_of(knn, "accuracy")},
-    }
+    log_k = math.log(config.num_prototypes)
+    most_used = min(config.num_prototypes, config.batch_size)
+    used = {"first choice of some target": smooth_curve(metrics, "prototypes_used")}
+
+    panels = [
+        Panel(
+            "cross-entropy and entropy",
+            "epoch",
+            "nats",
+            {
+                "cross-entropy, the first term of (1)": smooth_curve(metrics, "cross_entropy"),
+                "entropy of single anchor assignments": smooth_curve(metrics, "entropy"),
+            },
+            {f"log k = {log_k:.2f}: an assignment that says nothing": log_k},
+        ),
+        Panel(
+            "me-max, the second term of (1)",
+            "epoch",
+            "nats",
+            {
+                "log k - H(mean p): 0 if all prototypes are used alike": smooth_curve(
+                    metrics, "memax"
+                )
+            },
+        ),
+        Panel(
+            "prototypes in use",
+            "epoch",
+            "",
+            used,
+            {f"{most_used}: the most that a batch can use": most_used},
+            y_range=(0, most_used * 1.05),
+        ),
+    ]
+    if knn:
+        accuracy = [Point(float(line["epoch"]), float(line["accuracy"])) for line in knn]
+        panel = Panel("k-NN accuracy", "epoch", "", {"target encoder": accuracy}, baselines)
+        panel.y_range = (0, 1)
+        panels.append(panel)
     save_plot(folder / "curves.png", panels)
 
 
-def curve_of(table: list[dict[str, str]], column: str) -> list[tuple[float, float]]:
-    """At most some 600 points of a table's column against the step."""
-    every = max(1, len(table) // 300)
-    return [(int(line["step"]), float(line[column])) for line in table[::every]]
+def smooth_curve(table: list[dict[str, str]], column: str) -> list[Point]:
+    """A table's column against the epoch: at most some 100 points, each a mean of as many lines."""
+    count = math.ceil(len(table) / MOST_POINTS)
+    points = []
+    for first in range(0, len(table), count):
+        lines = table[first : first + count]
+        epoch = np.mean([float(line["epoch"]) for line in lines])
+        points.append(Point(float(epoch), float(np.mean([float(line[column]) for line in lines]))))
+    return points
+
+
+def pictured_views(data: Images, config: TrainConfig, count: int, device: torch.device) -> Views:
+    """Views of `count` training images, made as those of the run's first step."""
+    batch = data.train.__getitems__(some_of(data.train, count))
+    batch = batch._replace(images=batch.images.to(device))
+    return make_views(batch, replace(config, batch_size=count), 0, slice(0, count))
+
+
+@torch.no_grad()
+def save_assignments(
+    path: Path, model: ViTMSNForPreTraining, views: Views, config: TrainConfig
+) -> None:
+    """Heat maps of a batch's target assignments, b k: as they are, sharpened, and balanced.
+
+    Columns are at most 64 prototypes, those that get most of the batch before balancing first; rows
+    are images, in the order of their first choices after it.
+    """
+    projections = model.target_encoder([views.target_view], [None])[0]
+    log_p = log_assign(projections, model.prototypes, config.temperature)
+    sharpened = sharpen(log_p, config.sharpening)
+    balanced = sinkhorn(sharpened, config.sinkhorn_iterations)
+
+    columns = log_p.exp().sum(dim=0).argsort(descending=True)[:PICTURED]
+    first_choices = balanced[:, columns].argmax(dim=-1)
+    rows = first_choices.argsort(stable=True)
+    rounds = config.sinkhorn_iterations
+    titles = {
+        f"softmax(cosines / {config.temperature:g})": log_p,
+        f"sharpened, T = {config.sharpening:g}": sharpened,
+        f"balanced: Sinkhorn, {rounds} rounds" if rounds else "without Sinkhorn the same": balanced,
+    }
+    maps = []
+    for title, logarithms in titles.items():
+        p = logarithms.exp()
+        sums = p.sum(dim=0)
+        notes = [
+            f"largest entry of an image: {p.amax(dim=-1).mean():.2f} in the mean",
+            f"a prototype gets {sums.min():.2f} to {sums.max():.2f} images",
+            f"(dashed: an even share, {len(p) / p.shape[1]:.2f})",
+        ]
+        maps.append(HeatMap(title, p[rows][:, columns].cpu().numpy(), notes))
+    save_heat_maps(path, maps, "images", "prototypes; below: how much of the batch each gets")
+
+
+def save_gradients(path: Path, model: ViTMSNForPreTraining, views: Views) -> None:
+    """Where the gradient of each term of (1) flows, and how large it is in each part."""
+    terms = model(*views)
+    parts = parts_of(model)
+    norms = {}
+    for name, term in (("cross-entropy", terms.cross_entropy), ("me-max", terms.memax)):
+        norms[name] = {}
+        for part, parameters in parts.items():
+            norms[name][part] = gradient_norm(term, parameters)
+    save_gradient_flow(path, norms)
+
+
+def parts_of(model: ViTMSNForPreTraining) -> dict[str, list[nn.Parameter]]:
+    """The parameters of a model, by the name of the part that they belong to."""
+    encoder = model.anchor_encoder
+    parts = {"patches, positions": []}
+    for name, parameter in encoder.named_parameters():
+        part = "patches, positions"
+        if name.startswith("blocks."):
+            part = f"layer {int(name.split('.')[1]) + 1}"
+        elif name.startswith(("fc.", "norm.")):
+            part = "head"
+        parts.setdefault(part, []).append(parameter)
+    parts["prototypes"] = [model.prototypes]
+    parts["target encoder"] = list(model.target_encoder.parameters())
+    return parts
+
+
+def gradient_norm(term: Tensor, parameters: list[nn.Parameter]) -> float:
+    """The norm of a term's gradient with respect to parameters; 0 for those that do not learn."""
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    if not learning or not term.requires_grad:
+        return 0.0
+    gradients = torch.autograd.grad(term, learning, retain_graph=True, allow_unused=True)
+    squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
+    return torch.stack(squares).sum().sqrt().item() if squares else 0.0
 
 
 # ---- Command line --------------------------------------------------------------------------------

@@ -655,15 +655,26 @@ def test_a_cell_has_mean_and_sample_deviation_over_its_draws(monkeypatch):
     assert_relatively_close([cell["mean"], cell["sd"]], [0.5, 8**-0.5], 1e-6)
 
 
+def cell_of(method: str, column: str, labels_per_class: float, mean: float, sd) -> dict:
+    """A cell of the table, as far as its plot needs it."""
+    numbers = {"labels_per_class": labels_per_class, "mean": mean, "sd": sd}
+    return {"method": method, "column": column, **numbers}
+
+
 def test_a_curve_runs_from_few_labels_to_many():
-    """The plot has a line per method: accuracy over labelled images per class, left to right."""
+    """The plot has a line per method: accuracy in % and its deviation over labelled images per
+    class, left to right. Shares of the labels are no points of it; all labels are."""
     cells = [
-        {"method": "probe", "labels_per_class": 5.0, "mean": 0.6},
-        {"method": "pixels", "labels_per_class": 5.0, "mean": 0.2},
-        {"method": "probe", "labels_per_class": 1.0, "mean": 0.7},
+        cell_of("probe", "5/class", 5.0, 0.6, 0.1),
+        cell_of("pixels", "5/class", 5.0, 0.2, 0.05),
+        cell_of("probe", "1 %", 0.4, 0.3, 0.1),
+        cell_of("probe", "1/class", 1.0, 0.7, ""),
+        cell_of("probe", "100 %", 40.0, 0.9, ""),
     ]
-    curves = finetune.accuracy_curves(cells)
-    assert curves == {"probe": [(1.0, 0.7), (5.0, 0.6)], "pixels": [(5.0, 0.2)]}
+    panel = finetune.accuracy_panel(cells)
+    probe = [(1.0, 70.0, 0.0), (5.0, 60.0, 10.0), (40.0, 90.0, 0.0)]
+    assert panel.curves == {"probe": probe, "pixels": [(5.0, 20.0, 5.0)]}
+    assert panel.x_ticks == {1.0: "1", 5.0: "5", 40.0: "all (40)"} and panel.log_x
 
 
 def test_the_rate_from_scratch_is_tuned_on_all_classes(monkeypatch):
@@ -849,12 +860,13 @@ def test_embed_writes_features_path_and_class_of_each_image(world, tmp_path):
 
 
 def test_attention_draws_the_picture_and_every_head(world, tmp_path):
-    """The sheet has the picture and the three heads, at another image size too."""
+    """The sheet has the picture, what the model sees, and the three heads, at any image size."""
     picture = next((world / "data" / "val").rglob("*.png"))
     status = run("attention", world / "classifier", picture, output_dir=tmp_path, image_size=32)
     assert status == 0
     with Image.open(tmp_path / f"0000-{picture.stem}.png") as sheet:
-        assert sheet.size == (4 * 228, 228 + 16)
+        cell = finetune.ATTENTION_CELL
+        assert 5 * cell < sheet.width < 5.3 * cell and cell < sheet.height < 1.3 * cell
 
 
 def test_attention_maps_are_what_the_class_token_gives_to_the_patches(world):
@@ -874,12 +886,18 @@ def test_attention_maps_are_what_the_class_token_gives_to_the_patches(world):
     assert_relatively_close(maps, expected, 0.02)
 
 
-def test_a_picture_is_as_bright_as_its_attention():
-    """The place with most attention keeps its colours, one with none has 15 % of them."""
+def test_a_picture_is_orange_where_the_attention_is():
+    """The place with least attention is plain grey, the one with most nearly the colour."""
     picture = np.full((2, 2, 3), 200, np.uint8)
-    shaded = finetune.shade(picture, torch.tensor([[0.0, 0.1], [0.2, 0.4]]))
-    assert shaded.dtype == np.uint8
-    assert shaded[..., 0].tolist() == [[30, 72], [115, 200]]
+    attention_map = torch.tensor([[0.1, 0.2], [0.3, 0.5]])
+    shown = finetune.highlight(picture, attention_map)
+    assert shown.dtype == np.uint8
+
+    share = finetune.MOST_HIGHLIGHT * (attention_map - 0.1) / 0.4
+    blue = 200 * (1 - share)  # there is no blue in the colour
+    assert np.abs(shown[..., 2] - blue.numpy()).max() <= 0.51
+    assert shown[0, 0].tolist() == [200, 200, 200]
+    assert (finetune.highlight(picture, torch.ones(2, 2)) == picture).all()
 
 
 def test_sheets_go_into_the_folder_of_the_run(world, tmp_path, monkeypatch):
@@ -903,7 +921,7 @@ def test_neighbours_draws_eight_queries_each_with_its_seven_nearest(world, tmp_p
     target = tmp_path / "n.png"
     assert run("neighbours", world / "encoder", world / "data", output=target) == 0
     with Image.open(target) as sheet:
-        assert sheet.size == (8 * 100, 8 * 100 + 16)
+        assert 8 * 128 < sheet.width < 8.8 * 128 and 8 * 128 < sheet.height < 8.8 * 128
 
 
 def test_no_query_is_among_its_own_neighbours(world, tmp_path, monkeypatch):

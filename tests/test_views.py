@@ -7,6 +7,7 @@ import colorsys
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from runs import as_batch, random_pictures
 from torch.nn.functional import pad
 from torch.testing import assert_close
 
+import pictures
 import train_msn
 from train_msn import (
     COLOR_OPERATIONS,
@@ -559,7 +561,8 @@ def test_a_picture_of_a_view_shows_its_pixels_and_dropped_patches_in_pale_orange
 @pytest.fixture
 def neighbours(monkeypatch, tmp_path):
     """60 images, of which the last five are also for validation (the last one first), and a
-    function that gives header and image numbers of the sheet that save_neighbours makes."""
+    function that gives header and image numbers of the sheet that save_neighbours makes, and what
+    the sheet says in words."""
     _, model = tiny_model(image_size=8, focal_size=8, num_prototypes=9)
     pixels = np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8), np.uint8)
     images = ImagesInMemory(torch.from_numpy(pixels))
@@ -568,25 +571,26 @@ def neighbours(monkeypatch, tmp_path):
     number = {picture.transpose(1, 2, 0).tobytes(): i for i, picture in enumerate(pixels)}
     sheets = []
     monkeypatch.setattr(
-        train_msn, "save_sheet", lambda path, rows, header: sheets.append((rows, header))
+        train_msn, "save_sheet", lambda path, lines, header, note: sheets.append((lines, header))
     )
 
-    def sheet(prototypes=None):
+    def sheet(prototypes=None, data=data):
         train_msn.save_neighbours(
             tmp_path / "a.png", model.target_encoder, data, 8, CPU, prototypes
         )
-        rows, header = sheets.pop()
-        return header, [[number[picture.tobytes()] for picture in row] for row in rows]
+        lines, header = sheets.pop()
+        rows = [[number[tile.picture.tobytes()] for tile in line.tiles] for line in lines]
+        return header, rows, lines
 
     features = model.target_encoder.eval().representation(train_msn.normalize(images.images / 255))
     model.train()
-    return model, features, sheet
+    return model, features, sheet, data
 
 
 def test_a_sheet_of_neighbours_shows_each_image_beside_those_most_like_it(neighbours):
     """A line for each validation image: the image, then training images by cosine similarity."""
-    _, features, sheet = neighbours
-    header, rows = sheet()
+    _, features, sheet, _ = neighbours
+    header, rows, _ = sheet()
     similarity = torch.cosine_similarity(features[:, None], features, dim=-1)
     assert header == ["query", *(f"nearest {i}" for i in range(1, 8))]
     assert [row[0] for row in rows] == [59, 58, 57, 56, 55]
@@ -596,8 +600,8 @@ def test_a_sheet_of_neighbours_shows_each_image_beside_those_most_like_it(neighb
 
 def test_a_sheet_of_prototypes_shows_what_is_most_like_those_chosen_most(neighbours):
     """A line for each of the eight prototypes that are first choice most often."""
-    model, features, sheet = neighbours
-    header, rows = sheet(model.prototypes)
+    model, features, sheet, _ = neighbours
+    header, rows, lines = sheet(model.prototypes)
     projections = model.target_encoder.fc(model.target_encoder.norm(features))
     similarity = torch.cosine_similarity(model.prototypes[:, None], projections, dim=-1)
     assert header == [f"nearest {i}" for i in range(1, 8)]
@@ -606,6 +610,107 @@ def test_a_sheet_of_prototypes_shows_what_is_most_like_those_chosen_most(neighbo
     shown = [nearest.index(row) for row in rows]
     popularity = similarity.argmax(dim=0).bincount(minlength=9)
     assert popularity[shown].tolist() == popularity.sort(descending=True).values[:8].tolist()
+    for prototype, line in zip(shown, lines, strict=True):
+        assert line.title[0] == f"prototype {prototype}"
+        assert line.title[2] == f"{popularity[prototype]} of 60 images"
+
+
+def test_a_sheet_of_neighbours_marks_those_of_the_querys_class(neighbours):
+    """A frame and a name for each: one colour if the class is the query's, else the other."""
+    _, _, sheet, data = neighbours
+    labels = torch.arange(60) % 3
+    data = data._replace(
+        classes=["a", "b", "c"], train_labels=labels, val_labels=labels.flip(0)[:5]
+    )
+    _, rows, lines = sheet(data=data)
+    for row, line in zip(rows, lines, strict=True):
+        query_class = row[0] % 3
+        assert line.tiles[0].caption == data.classes[query_class]
+        for i, tile in zip(row[1:], line.tiles[1:], strict=True):
+            is_right = i % 3 == query_class
+            assert tile.color == (pictures.RIGHT if is_right else pictures.WRONG)
+            assert tile.caption == ("" if is_right else "x ") + data.classes[i % 3]
+
+
+def test_without_validation_images_no_query_is_among_its_neighbours(neighbours):
+    """Training images stand in as queries, and none is found as its own neighbour."""
+    _, _, sheet, data = neighbours
+    _, rows, _ = sheet(data=data._replace(val=None))
+    assert len(rows) == 8
+    for row in rows:
+        assert row[0] not in row[1:]
+
+
+def test_a_prototype_is_named_after_the_commonest_class_of_those_that_choose_it(neighbours):
+    """With labels, the words beside a line say which class most of them are and how many."""
+    model, features, sheet, data = neighbours
+    labels = (torch.arange(60) >= 20).long()
+    data = data._replace(classes=["few", "many"], train_labels=labels)
+    _, _, lines = sheet(model.prototypes, data)
+
+    projections = model.target_encoder.fc(model.target_encoder.norm(features))
+    similarity = torch.cosine_similarity(model.prototypes[:, None], projections, dim=-1)
+    choices = similarity.argmax(dim=0)
+    for line in lines:
+        chosen_by = labels[choices == int(line.title[0].split()[1])]
+        if len(chosen_by):
+            share = chosen_by.bincount().max().item() / len(chosen_by)
+            name = data.classes[chosen_by.bincount().argmax()]
+            assert line.title[3] == f"{100 * share:.0f} % {name}"
+
+
+@given(count=st.integers(0, 50), length=st.integers(1, 60))
+def test_some_images_are_a_fixed_choice_without_repeats(count, length):
+    """As many as asked for or as there are, ascending, and the same every time."""
+    images = ImagesInMemory(torch.zeros(length, 3, 1, 1, dtype=torch.uint8))
+    chosen = train_msn.some_of(images, count)
+    assert len(chosen) == min(count, length) and chosen == sorted(set(chosen))
+    assert chosen == train_msn.some_of(images, count) and all(0 <= i < length for i in chosen)
+
+
+def test_some_images_miss_no_class_that_takes_turns_with_others():
+    """Half of the built-in images are of all ten classes; every second one would be of five."""
+    data = synthetic_images(0, train=400, val=10)
+    labels = data.train_labels[train_msn.some_of(data.train, 200)]
+    assert labels.bincount(minlength=10).min() > 0
+
+
+def test_the_picture_of_gradients_shows_what_a_backward_pass_gives(monkeypatch):
+    """For each part of the model the norm of the gradient of each term; none of the target's."""
+    config, model = tiny_model()
+    views = train_msn.pictured_views(synthetic_images(0, train=8, val=10), config, 6, CPU)
+    shown = []
+    monkeypatch.setattr(train_msn, "save_gradient_flow", lambda path, norms: shown.append(norms))
+    train_msn.save_gradients(Path("a.png"), model, views)
+
+    for name, by_part in shown[0].items():
+        model.zero_grad(set_to_none=True)
+        terms = model(*views)
+        (terms.cross_entropy if name == "cross-entropy" else terms.memax).backward()
+        squares = {"prototypes": model.prototypes.grad.square().sum(), "target encoder": 0.0}
+        everything = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
+        assert by_part["target encoder"] == 0
+        assert by_part["prototypes"] == pytest.approx(squares["prototypes"].sqrt().item(), rel=1e-4)
+        total = sum(norm**2 for norm in by_part.values())
+        assert total == pytest.approx(everything.item(), rel=1e-4)
+
+
+def test_the_picture_of_assignments_shows_them_before_and_after(monkeypatch):
+    """Three maps of one batch: each image sums to 1, and Sinkhorn evens out the prototypes."""
+    config, model = tiny_model(num_prototypes=5)
+    views = train_msn.pictured_views(synthetic_images(0, train=12, val=10), config, 6, CPU)
+    shown = []
+    monkeypatch.setattr(train_msn, "save_heat_maps", lambda path, maps, *names: shown.extend(maps))
+    train_msn.save_assignments(Path("a.png"), model, views, config)
+
+    plain, sharpened, balanced = (heat_map.values for heat_map in shown)
+    for values in (plain, sharpened, balanced):
+        assert values.shape == (6, 5)
+        np.testing.assert_allclose(values.sum(axis=1), 1, rtol=1e-5)
+    powers = plain ** (1 / config.sharpening)
+    np.testing.assert_allclose(sharpened, powers / powers.sum(axis=1, keepdims=True), rtol=1e-4)
+    assert balanced.sum(axis=0).std() < sharpened.sum(axis=0).std()
+    assert (np.diff(balanced.argmax(axis=1)) >= 0).all()
 
 
 # -- the built-in images and the recipes -----------------------------------------------------------
