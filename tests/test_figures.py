@@ -1,24 +1,37 @@
-"""The README: its figures are those of assets/results/, and it stays short.
+"""The README: its figures are those of assets/results/, its links lead somewhere, it stays short.
 
 A comment in the README names where the figures of the block under it are from: a file, and which of
 its values, in their order (without names: all of them).
 
-    <!-- demo.json: knn; minutes -->
+    <!-- demo.json: knn -->
+
+Links to functions name their lines. When these have moved, this mends the README:
+
+    python tests/test_figures.py
 """
 
 import json
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from runs import ROOT
 
+
+ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "assets" / "results"
 RECORD = ("what", "machine", "torch", "python", "commit", "command", "seeds", "values")
 
 MARK = re.compile(r"<!-- (\w[\w-]*\.json.*?) -->\n", re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?!\w)")
+
+LINK = re.compile(r"\[`(\w+)`\]\((\w+\.py)(?:#L\d+)?\)")  # [`function`](file.py#L12)
+
+# Numbers with a decimal point that no one measured: settings, versions, and what a paper says.
+SETTINGS = {"0.0025", "0.02", "0.04", "0.05", "0.01", "0.1", "0.3", "0.4", "0.8", "0.9", "0.996"}
+SETTINGS |= {"1.0", "1.25", "3.0", "0.2"}
+VERSIONS = {"2204.07141", "2210.07277", "3.10", "3.11", "3.14", "2.6", "2.13"}
 
 MOST_LINES = 250  # outside of what is folded away
 LONGEST_LINE = 120
@@ -36,7 +49,8 @@ def shown_figures(readme: str) -> list[Shown]:
     found = []
     for mark in MARK.finditer(readme):
         rest = readme[mark.end() :]
-        end = rest.index("\n```\n") if rest.startswith("```") else (rest + "\n\n").index("\n\n")
+        last = "\n```\n" if rest.startswith("```") else "\n\n"
+        end = rest.index(last) + len(last)
         found.append(Shown(mark[1], rest[:end]))
     return found
 
@@ -105,6 +119,46 @@ def test_every_result_says_how_it_was_measured_and_is_shown(file):
     assert named == set(record["values"])
 
 
+def test_no_figure_stands_without_its_source():
+    """A number with a decimal point is in a block with a source, in code, or a known setting."""
+    rest = README
+    for shown in shown_figures(README):
+        rest = rest.replace(shown.block, "")
+    rest = re.sub(r"```.*?```|`[^`\n]*`|\]\([^)]*\)", "", rest, flags=re.DOTALL)
+    assert set(re.findall(r"\d[\d,]*\.\d+", rest)) <= SETTINGS | VERSIONS
+
+
+def line_of(function: str, file: str) -> int:
+    """The line on which a function or class is defined, from 1."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    found = [
+        number
+        for number, line in enumerate(lines, 1)
+        if re.match(rf"\s*(def|class) {function}\b", line)
+    ]
+    assert found, f"{file} has no {function}"
+    return found[0]
+
+
+def with_lines(readme: str) -> str:
+    """The README, its links to functions leading to the lines where these are now."""
+    return LINK.sub(lambda link: f"[`{link[1]}`]({link[2]}#L{line_of(link[1], link[2])})", readme)
+
+
+def test_links_to_functions_name_functions_that_exist():
+    """Each linked function is defined in the file that the link leads to."""
+    links = LINK.findall(README)
+    assert len(links) > 10
+    for function, file in links:
+        line_of(function, file)
+
+
+@pytest.mark.slow  # whoever moves a function need not care; `python tests/test_figures.py` mends it
+def test_links_to_functions_lead_to_their_lines():
+    """Each link opens the file at the line where the function is defined."""
+    assert with_lines(README) == README
+
+
 def test_the_readme_is_short():
     """At most 250 lines outside of folds, none of the page above 120 characters."""
     unfolded = re.sub(r"<details>.*?</details>\n*", "", README, flags=re.DOTALL)
@@ -123,3 +177,7 @@ def test_links_within_the_readme_lead_somewhere():
             assert target in headings
         elif not target.startswith("http"):
             assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(with_lines(README), encoding="utf-8")
