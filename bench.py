@@ -272,18 +272,18 @@ def forward_flops(config: ViTMSNConfig, num_patches: int, class_token_only: bool
     n = 1 + num_patches  # tokens: the class token and the patches
     layers = config.num_hidden_layers
 
-    # Summed over all layers. A layer makes a key and a value of every token. Only the tokens that
-    # it hands on have a query, and pass through the output projection and the MLP.
-    keys = layers * n
+    # Summed over all layers. A layer makes a query, a key and a value of every token. Only the
+    # tokens that it hands on attend, and pass through the output projection and the MLP.
+    projected = layers * n
     queries = (layers - 1) * n + (1 if class_token_only else n)
 
     patch_embedding = num_patches * config.num_channels * config.patch_size**2 * d
-    key_and_value = keys * 2 * d**2
-    query_and_output = queries * 2 * d**2
+    query_key_value = projected * 3 * d**2
+    output = queries * d**2
     attention = queries * 2 * n * d  # similarities with n keys, and the weighted sum of n values
     mlp = queries * 2 * d * config.intermediate_size
 
-    multiply_adds = patch_embedding + key_and_value + query_and_output + attention + mlp
+    multiply_adds = patch_embedding + query_key_value + output + attention + mlp
     return 2 * multiply_adds
 
 

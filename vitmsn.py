@@ -223,33 +223,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x: b n d -> b n d, and the probabilities b h n n if asked for, else None."""
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
-        return self.attend(query, key, value, output_attentions)
-
-    def forward_class_token(self, x: Tensor) -> Tensor:
-        """What forward gives for the class token, and nothing else: less work. x: b n d -> b 1 d.
-
-        The class token alone has a query, but every token has a key and a value. So the fused
-        projection is cut in two: its first third makes the query, the rest keys and values.
-        """
-        width = x.shape[-1]
-        query_bias = None
-        key_value_bias = None
-        if self.qkv.bias is not None:
-            query_bias = self.qkv.bias[:width]
-            key_value_bias = self.qkv.bias[width:]
-
-        query = F.linear(x[:, :1], self.qkv.weight[:width], query_bias)
-        key, value = F.linear(x, self.qkv.weight[width:], key_value_bias).chunk(2, dim=-1)
-        attended, _ = self.attend(query, key, value, output_attentions=False)
-        return attended
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool
+    def forward(
+        self, x: Tensor, output_attentions: bool = False, class_token_only: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Cut into heads, attend in each, join the heads, project. query: b n d -> b n d."""
+        """x: b n d -> b n d, and the probabilities b h n n if asked for, else None.
+
+        class_token_only: nothing but what the class token receives, b 1 d. It alone has a query
+        then, but every token still has a key and a value.
+        """
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        if class_token_only:
+            query = query[:, :1]
+
         query = rearrange(query, "b n (h dh) -> b h n dh", h=self.num_heads)
         key = rearrange(key, "b n (h dh) -> b h n dh", h=self.num_heads)
         value = rearrange(value, "b n (h dh) -> b h n dh", h=self.num_heads)
@@ -310,25 +295,29 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout1 = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout2 = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, x: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x: b n d -> b n d, and the attention probabilities b h n n if asked for, else None."""
-        attended, probabilities = self.attn(self.norm1(x), output_attentions)
-        x = x + self.regularize(attended)
-        x = x + self.regularize(self.mlp(self.norm2(x)))
+    def forward(
+        self, x: Tensor, output_attentions: bool = False, class_token_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: b n d -> b n d, and the attention probabilities b h n n if asked for, else None.
+
+        class_token_only: compute nothing but the class token, b 1 d.
+        """
+        attended, probabilities = self.attn(self.norm1(x), output_attentions, class_token_only)
+        if class_token_only:
+            x = x[:, :1]
+        x = x + self.drop_branch(self.dropout1(attended))
+
+        transformed = self.mlp(self.norm2(x))
+        x = x + self.drop_branch(self.dropout2(transformed))
         return x, probabilities
 
-    def forward_class_token(self, x: Tensor) -> Tensor:
-        """What forward gives for the class token, and nothing else. x: b n d -> b 1 d."""
-        attended = self.attn.forward_class_token(self.norm1(x))
-        class_token = x[:, :1] + self.regularize(attended)
-        return class_token + self.regularize(self.mlp(self.norm2(class_token)))
-
-    def regularize(self, branch: Tensor) -> Tensor:
-        """Dropout and stochastic depth of a residual branch, in training only."""
-        return drop_path(self.dropout(branch), self.drop_path_rate, self.training)
+    def drop_branch(self, branch: Tensor) -> Tensor:
+        """Stochastic depth of a residual branch, in training only."""
+        return drop_path(branch, self.drop_path_rate, self.training)
 
 
 # ---- Encoder (paper, Section 3): a Vision Transformer; its class token represents the image ------
@@ -436,7 +425,7 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         class_position = positions[:, :1]
         patch_positions = positions[:, 1:].expand(len(pixel_values), -1, -1)
 
-        patches = patchify(pixel_values.to(self.patch_embed.weight.dtype), self.config.patch_size)
+        patches = patchify(pixel_values.to(self.cls_token.dtype), self.config.patch_size)
         tokens = self.patch_embed(take_patches(patches, patches_to_keep))
         if bool_masked_pos is not None:
             tokens = self.replace_masked(tokens, bool_masked_pos, patches_to_keep)
@@ -475,8 +464,13 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        class_token_only: bool = False,
     ) -> ViTMSNModelOutput:
-        """All tokens through all layers and the final norm; arguments as in `embed`."""
+        """All tokens through all layers and the final norm; arguments as in `embed`.
+
+        class_token_only: the last layer and the norm compute the class token alone, which is less
+        work; last_hidden_state and the last of hidden_states are b 1 d then.
+        """
         tokens = self.embed(
             pixel_values, bool_masked_pos, patches_to_keep, interpolate_pos_encoding
         )
@@ -486,7 +480,10 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
             hidden_states.append(tokens)
 
         for block in self.blocks:
-            tokens, probabilities = self.run_layer(block, tokens, output_attentions)
+            only_class_token = class_token_only and block is self.blocks[-1]
+            tokens, probabilities = self.run_layer(
+                block, tokens, output_attentions, only_class_token
+            )
             if output_hidden_states:  # not otherwise: the list would hold them all in memory
                 hidden_states.append(tokens)
             if output_attentions:
@@ -509,10 +506,10 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         This is the published feature for probing. In the last layer nothing else is computed.
         """
         tokens = self.embed(pixel_values, None, patches_to_keep, interpolate_pos_encoding)
-        for block in self.blocks[:-1]:
-            tokens, _ = self.run_layer(block, tokens)
-        class_token = self.run_layer(self.blocks[-1].forward_class_token, tokens)
-        return class_token[:, 0]
+        for block in self.blocks:
+            class_token_only = block is self.blocks[-1]
+            tokens, _ = self.run_layer(block, tokens, False, class_token_only)
+        return tokens[:, 0]
 
     def run_layer(self, layer: Callable, *arguments):
         """layer(*arguments). With checkpointing, its inside is not stored but computed again."""
@@ -567,29 +564,19 @@ class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
 
         labels: b class numbers, or b num_labels for regression and multi-label problems.
         """
-        hidden_states = None
-        attentions = None
-        if output_hidden_states or output_attentions:
-            out = self.vit(
-                pixel_values,
-                interpolate_pos_encoding=interpolate_pos_encoding,
-                output_hidden_states=output_hidden_states,
-                output_attentions=output_attentions,
-            )
-            class_token = out.last_hidden_state[:, 0]
-            hidden_states = out.hidden_states
-            attentions = out.attentions
-        else:  # the same, with less work in the last layer
-            representation = self.vit.representation(
-                pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
-            )
-            class_token = self.vit.norm(representation)
-
+        out = self.vit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            class_token_only=not (output_hidden_states or output_attentions),
+        )
+        class_token = out.last_hidden_state[:, 0]
         logits = self.classifier(class_token)
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config)
-        return ViTMSNClassifierOutput(logits, loss, hidden_states, attentions)
+        return ViTMSNClassifierOutput(logits, loss, out.hidden_states, out.attentions)
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: ViTMSNConfig) -> Tensor:

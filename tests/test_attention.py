@@ -84,11 +84,11 @@ def test_the_class_token_alone_gets_the_output_that_it_gets_among_all(seed, bias
 
     attention = randomized(Attention(config), seed=seed).double()
     attended, _ = attention(x)
-    assert_close(attention.forward_class_token(x), attended[:, :1])
+    assert_close(attention(x, class_token_only=True)[0], attended[:, :1])
 
     block = randomized(Block(config, drop_path_rate=0.0), seed=seed).double()
     tokens, _ = block(x)
-    assert_close(block.forward_class_token(x), tokens[:, :1])
+    assert_close(block(x, class_token_only=True)[0], tokens[:, :1])
 
 
 @given(seed=seeds, ratio=st.sampled_from([0.15, 0.3, 0.5, 0.7]))

@@ -478,3 +478,62 @@ def test_one_tensor_in_place_of_a_list_of_anchor_views_says_what_to_pass():
     with pytest.raises(ValueError, match=r"pass a list of tensors .* as \[view\]"):
         model(images, images)
     assert model(images, [images]).loss.isfinite()
+
+
+# -- every weight is used by calling the module that owns it ---------------------------------------
+
+WHOLE = {"backbone": ViTMSNModel, "classifier": ViTMSNForImageClassification}
+
+
+class Doubled(torch.nn.Module):
+    """A wrapper as adapters use them: what the layer gives, twice. It has no weight of its own."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *arguments):
+        return 2 * self.layer(*arguments)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_every_module_is_called_once_in_a_forward_pass(kind):
+    """A hook on any module sees exactly one call, at the same place as its weights' use."""
+    model = randomized(WHOLE[kind](tiny_config())).eval()
+    calls = dict.fromkeys((name for name, _ in model.named_modules()), 0)
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(count(name))
+    model(randn(2, 3, 32, 32))
+    calls.pop("blocks", None)  # lists of modules are not called
+    calls.pop("vit.blocks", None)
+    assert {name: number for name, number in calls.items() if number != 1} == {}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_every_linear_layer_can_be_replaced_by_a_wrapper(kind):
+    """The output follows what stands in a layer's place, wherever it is in the model."""
+    images = randn(2, 3, 32, 32)
+    model = randomized(WHOLE[kind](tiny_config())).eval()
+    names = [name for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)]
+
+    def outputs():
+        with torch.no_grad():
+            out = model(images)
+        return out.last_hidden_state if kind == "backbone" else out.logits
+
+    expected = outputs()
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        layer = getattr(owner, child)
+        setattr(owner, child, Doubled(layer))
+        assert not torch.allclose(outputs(), expected, atol=1e-4), name
+        setattr(owner, child, layer)
+    assert torch.equal(outputs(), expected)
