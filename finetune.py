@@ -38,11 +38,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pictures import Line, Panel, Point, Tile, save_plot, save_sheet
 from train_msn import (
     TRIES,
     ImageFiles,
     Images,
+    Line,
+    Panel,
+    Point,
+    Tile,
     TrainConfig,
     UsageError,
     add_flags,
@@ -61,6 +64,8 @@ from train_msn import (
     run_program,
     runs_by_age,
     save_neighbours,
+    save_plot,
+    save_sheet,
     start_processes,
     to_picture,
     warmup_cosine,

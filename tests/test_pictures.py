@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
-import pictures
-from pictures import HeatMap, Line, Panel, Point, Range, Tile
+import train_msn
+from train_msn import HeatMap, Line, Panel, Point, Range, Tile
 
 NUMBERS = st.floats(-1e6, 1e6)
 
@@ -40,7 +40,7 @@ def test_pictures_of_a_line_are_all_there_and_to_one_scale(tmp_path_factory, siz
     path = tmp_path_factory.mktemp("sheet") / "a.png"
     colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)][: len(sizes)]
     tiles = [Tile(solid(color, *size)) for color, size in zip(colors, sizes, strict=True)]
-    pictures.save_sheet(path, [Line(tiles)], ["x"] * len(tiles), cell)
+    train_msn.save_sheet(path, [Line(tiles)], ["x"] * len(tiles), cell)
 
     sheet = np.asarray(Image.open(path))
     largest = max(max(size) for size in sizes)
@@ -56,7 +56,7 @@ def test_words_beside_and_below_pictures_make_room_for_themselves(tmp_path):
     for number, (title, caption, note) in enumerate(itertools.product(["", "words"], repeat=3)):
         path = tmp_path / f"{number}.png"
         lines = [Line([Tile(solid(red, 8, 8), caption)], [title] if title else [])] * 2
-        pictures.save_sheet(path, lines, ["title"], 64, note)
+        train_msn.save_sheet(path, lines, ["title"], 64, note)
         with Image.open(path) as sheet:
             sizes.append((sheet.width, sheet.height))
             pixels = (np.asarray(sheet) == red).all(axis=-1).sum()
@@ -71,7 +71,7 @@ def test_words_beside_and_below_pictures_make_room_for_themselves(tmp_path):
 def test_ticks_are_a_few_round_numbers_within_the_axis(low, length):
     """Three to eleven of them, a step of 1, 2 or 5 times a power of ten apart."""
     assume(length > 1e-6 * abs(low))
-    ticks = list(pictures.round_ticks(Range(low, low + length)))
+    ticks = list(train_msn.round_ticks(Range(low, low + length)))
     assert 3 <= len(ticks) <= 11
     assert all(low - 1e-6 * length <= tick <= low + length * (1 + 1e-6) for tick in ticks)
     step = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
@@ -83,7 +83,7 @@ def test_an_axis_runs_from_its_low_to_its_high_end(low, factor, log):
     """The ends are at the ends; on a logarithmic axis the geometric mean is in the middle."""
     of = Range(low, low * factor)
     middle = low * factor**0.5 if log else low * (1 + factor) / 2
-    places = [pictures.place_of(x, of, 100, 300, log) for x in (of.low, middle, of.high)]
+    places = [train_msn.place_of(x, of, 100, 300, log) for x in (of.low, middle, of.high)]
     assert places == pytest.approx([100, 200, 300], abs=1e-6)
 
 
@@ -100,7 +100,7 @@ def test_every_point_and_level_has_its_place_in_the_panel(curves, level, log):
     """No curve leaves its panel, error bars included, however few points there are."""
     points = {name: [Point(*point) for point in curve] for name, curve in curves.items()}
     panel = Panel("t", "x", "y", points, {"level": level}, log_x=log)
-    x_range, y_range = pictures.ranges_of(panel)
+    x_range, y_range = train_msn.ranges_of(panel)
     assert x_range.low < x_range.high and y_range.low < y_range.high
     assert y_range.low <= level <= y_range.high
     for curve in points.values():
@@ -117,9 +117,9 @@ def test_a_plot_of_anything_is_drawn(tmp_path):
         Panel("flat", "x", "y", {"a": [Point(1, 2), Point(2, 2)]}, {"level": 2}),
         Panel("a level", "x", "y", {"a": []}, {"level": 0.5}, y_range=(0, 1)),
     ]
-    pictures.save_plot(tmp_path / "a.png", panels)
+    train_msn.save_plot(tmp_path / "a.png", panels)
     with Image.open(tmp_path / "a.png") as plot:
-        assert plot.width == 2 * pictures.PANEL_WIDTH
+        assert plot.width == 2 * train_msn.PANEL_WIDTH
         colors = {color for _, color in plot.getcolors(10**6)}
     assert {(31, 95, 168), (200, 80, 30)} <= colors  # of the first curve, and of a level
 
@@ -129,33 +129,33 @@ def test_a_plot_of_anything_is_drawn(tmp_path):
 
 def test_a_heat_map_is_white_at_0_and_dark_at_1(tmp_path):
     """Between them colours are mixed evenly; values out of range are taken for the ends."""
-    shown = np.asarray(pictures.colored(np.array([[0.0, 0.5, 1.0, 7.0]])))[0]
-    half = (255 + np.array(pictures.MAP_COLOR)) / 2
+    shown = np.asarray(train_msn.colored(np.array([[0.0, 0.5, 1.0, 7.0]])))[0]
+    half = (255 + np.array(train_msn.MAP_COLOR)) / 2
     assert shown[0].tolist() == [255, 255, 255]
     assert np.abs(shown[1] - half).max() <= 0.5
-    assert shown[2].tolist() == shown[3].tolist() == list(pictures.MAP_COLOR)
+    assert shown[2].tolist() == shown[3].tolist() == list(train_msn.MAP_COLOR)
 
-    pictures.save_heat_maps(tmp_path / "a.png", [HeatMap("t", np.eye(4), ["n"])] * 2, "r", "c")
+    train_msn.save_heat_maps(tmp_path / "a.png", [HeatMap("t", np.eye(4), ["n"])] * 2, "r", "c")
     with Image.open(tmp_path / "a.png") as sheet:
-        assert sheet.width > 2 * pictures.MAP_SIDE and sheet.height > pictures.MAP_SIDE
+        assert sheet.width > 2 * train_msn.MAP_SIDE and sheet.height > train_msn.MAP_SIDE
 
 
-@pytest.mark.parametrize("start, end", pictures.FORWARD)
+@pytest.mark.parametrize("start, end", train_msn.FORWARD)
 def test_arrows_begin_and_end_on_the_edges_of_their_boxes(start, end):
     """Each end is on the edge of its box: neither inside of it nor away from it."""
-    nodes = (pictures.NODES[start], pictures.NODES[end])
-    half = np.array([pictures.NODE_WIDTH, pictures.NODE_HEIGHT]) / 2
-    for node, place in zip(nodes, pictures.ends_of(*nodes), strict=True):
+    nodes = (train_msn.NODES[start], train_msn.NODES[end])
+    half = np.array([train_msn.NODE_WIDTH, train_msn.NODE_HEIGHT]) / 2
+    for node, place in zip(nodes, train_msn.ends_of(*nodes), strict=True):
         from_middle = np.abs(place - [node.x, node.y]) / half
         assert from_middle.max() == pytest.approx(1)
 
 
 def test_gradients_go_back_only_along_arrows_that_are_not_stopped():
     """Each coloured arrow reverses a grey one, and none of them comes from p+ or its encoder."""
-    for start, end, _ in pictures.BACKWARD:
-        assert (end, start) in pictures.FORWARD
+    for start, end, _ in train_msn.BACKWARD:
+        assert (end, start) in train_msn.FORWARD
         assert not {start, end} & {"p+", "target encoder", "target view"}
-    assert pictures.STOPPED in pictures.FORWARD
+    assert train_msn.STOPPED in train_msn.FORWARD
 
 
 def test_the_picture_of_gradients_is_drawn_with_zeros_too(tmp_path):
@@ -163,6 +163,6 @@ def test_the_picture_of_gradients_is_drawn_with_zeros_too(tmp_path):
     norms = {"cross-entropy": {"head": 0.0, "prototypes": 0.0}}
     for by_part in (norms["cross-entropy"], {"head": 1e-3, "prototypes": 20.0}):
         norms["me-max"] = by_part
-        pictures.save_gradient_flow(tmp_path / "a.png", norms)
+        train_msn.save_gradient_flow(tmp_path / "a.png", norms)
         with Image.open(tmp_path / "a.png") as sheet:
             assert sheet.size == (1360, 940)

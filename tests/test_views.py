@@ -19,7 +19,6 @@ from runs import as_batch, random_pictures
 from torch.nn.functional import pad
 from torch.testing import assert_close
 
-import pictures
 import train_msn
 from train_msn import (
     COLOR_OPERATIONS,
@@ -628,7 +627,7 @@ def test_a_sheet_of_neighbours_marks_those_of_the_querys_class(neighbours):
         assert line.tiles[0].caption == data.classes[query_class]
         for i, tile in zip(row[1:], line.tiles[1:], strict=True):
             is_right = i % 3 == query_class
-            assert tile.color == (pictures.RIGHT if is_right else pictures.WRONG)
+            assert tile.color == (train_msn.RIGHT if is_right else train_msn.WRONG)
             assert tile.caption == ("" if is_right else "x ") + data.classes[i % 3]
 
 
