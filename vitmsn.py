@@ -282,7 +282,7 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """
     if rate == 0 or not training:
         return x
-    stays = torch.rand(len(x), 1, 1, device=x.device) >= rate
+    stays = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
     return x * stays / (1 - rate)
 
 
@@ -420,10 +420,10 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         Raises ValueError for images of a wrong shape, size or type.
         """
         check_pixels(pixel_values, self.config, interpolate_pos_encoding)
-        height, width = pixel_values.shape[-2:]
+        b, _, height, width = pixel_values.shape  # not len(): torch.export would fix its value
         positions = self.positions_for(height, width)
         class_position = positions[:, :1]
-        patch_positions = positions[:, 1:].expand(len(pixel_values), -1, -1)
+        patch_positions = positions[:, 1:].expand(b, -1, -1)
 
         patches = patchify(pixel_values.to(self.cls_token.dtype), self.config.patch_size)
         tokens = self.patch_embed(take_patches(patches, patches_to_keep))
@@ -431,7 +431,7 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
             tokens = self.replace_masked(tokens, bool_masked_pos, patches_to_keep)
         tokens = tokens + take_patches(patch_positions, patches_to_keep)
 
-        class_token = (self.cls_token + class_position).expand(len(tokens), -1, -1)
+        class_token = (self.cls_token + class_position).expand(b, -1, -1)
         tokens = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
         return F.dropout(tokens, self.config.hidden_dropout_prob, self.training)
 
@@ -771,9 +771,10 @@ def msn_loss(
     Gradients reach the anchors and, by the anchors' side only, the prototypes.
     Raises ValueError if there is no whole number of anchor views for each target.
     """
-    b = len(targets)
-    if len(anchors) % b:
-        raise ValueError(f"{len(anchors)} anchors are no whole number of views of {b} targets.")
+    b = targets.shape[0]
+    num_anchors = anchors.shape[0]
+    if num_anchors % b:
+        raise ValueError(f"{num_anchors} anchors are no whole number of views of {b} targets.")
 
     # Departure: float32 even under autocast. The official code has no mixed precision.
     with torch.autocast(anchors.device.type, enabled=False):

@@ -399,6 +399,30 @@ def test_exports_with_pixel_values_named_or_not(make):
         assert_close(vars(exported(*positional, **named)), vars(model(images)))
 
 
+@pytest.mark.parametrize("make", [tiny_backbone, tiny_classifier])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports_with_a_free_batch_size(make, implementation, strict):
+    """One exported graph takes batches of any size, with positions resampled or not."""
+    model = make(attn_implementation=implementation).eval()
+    for size in (48,) if strict else (32, 48):  # strict takes seconds
+        options = {"interpolate_pos_encoding": size != 32}
+        exported = torch.export.export(
+            model,
+            (randn(2, 3, size, size),),
+            options,
+            dynamic_shapes={
+                "pixel_values": {0: torch.export.Dim("batch")},
+                "interpolate_pos_encoding": None,
+            },
+            strict=strict,
+        ).module()
+        for b in (1, 2, 5):
+            images = randn(b, 3, size, size)
+            actual = exported(images, **options)
+            assert_close(vars(actual), vars(model(images, **options)))
+
+
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_half_precision_stays_near_float32(dtype, limit, implementation):
