@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from train_msn import (
+    ANY,
     TRIES,
     ImageFiles,
     Images,
@@ -72,7 +73,9 @@ from train_msn import (
 )
 from vitmsn import (
     WEIGHT_FILES,
+    FROM_THE_VALUES,
     MSNEncoder,
+    PictureRules,
     ViTMSNModel,
     load_weights,
     normalize,
@@ -198,6 +201,18 @@ class FinetuneConfig:
     )
     crop_scale: tuple = opt(
         (0.8, 1.0), "share of the area in a random crop (train on all: 0.3 1)", range=(1e-6, 1)
+    )
+
+    # Pictures from files (for the table and train, of the data; for the other commands, of images)
+    background: str = opt("", "behind transparent pixels, such as white; by default the model's")
+    integer_range: tuple = opt(
+        (0, 0), "16- and 32-bit values for black and white; 0 0: the model's, or found", range=ANY
+    )
+    float_range: tuple = opt(
+        (0, 0), "floating-point values for black and white; 0 0: the model's, or found", range=ANY
+    )
+    max_megapixels: float = opt(
+        0.0, "larger pictures are passed over; 0: the model's limit", range=(0, 10**6)
     )
 
     # Using a model
@@ -461,10 +476,11 @@ def readable(images: Dataset, indices: list[int], unreadable: set[str]) -> list[
         return list(indices)
 
     bad = {i for i in indices if images.read(i) is None}
-    for path in sorted({str(images.paths[i]) for i in bad} - unreadable):
+    reasons = {str(images.paths[i]): images.why(i) for i in bad}
+    for path in sorted(reasons.keys() - unreadable):
         unreadable.add(path)
         print(
-            f"{path} is no readable image: skipped ({len(unreadable)} so far)",
+            f"skipped {path}: {reasons[path]} ({len(unreadable)} so far)",
             file=sys.stderr,
             flush=True,
         )
@@ -1090,7 +1106,28 @@ def saved_settings(run: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def open_labelled_data(source: str, saved: dict, encoder: ViTMSNModel) -> Images:
+def picture_rules(config: FinetuneConfig, model: ViTMSNModel | Classifier) -> PictureRules:
+    """How pictures become pixels: as flags say, else as in the model's training.
+
+    Raises UsageError for a background that is no colour, or if config.json tells nonsense.
+    """
+    try:
+        rules = PictureRules.from_config(model.config)
+        if config.background:
+            rules = replace(rules, background=config.background)
+        for name in ("integer_range", "float_range"):
+            if getattr(config, name) != FROM_THE_VALUES:
+                rules = replace(rules, **{name: getattr(config, name)})
+        if config.max_megapixels:
+            rules = replace(rules, max_megapixels=config.max_megapixels)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return rules
+
+
+def open_labelled_data(
+    source: str, saved: dict, encoder: ViTMSNModel, rules: PictureRules
+) -> Images:
     """The labelled images that `source` names, as in --data.
 
     saved: the settings of the encoder's run, which say where CIFAR-10 lies and from which seed the
@@ -1104,6 +1141,7 @@ def open_labelled_data(source: str, saved: dict, encoder: ViTMSNModel) -> Images
             image_size=encoder.config.image_size,
             patch_size=encoder.config.patch_size,
             focal_views=0,
+            **asdict(rules),
         )
     )
     if data.val is None:
@@ -1169,7 +1207,9 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
         raise UsageError(f"{config.checkpoint} does not say on which images to work; pass --data.")
 
     encoder = load_model(config)
-    data = open_labelled_data(source, saved, encoder)
+    data = open_labelled_data(source, saved, encoder, picture_rules(config, encoder))
+    if data.picture_rules and data.picture_rules.changes():  # a classifier is saved with them
+        encoder.config.extra["picture_rules"] = data.picture_rules.changes()
     unreadable: set[str] = set()  # names of files
     columns, tuning = draw_columns(config, data, unreadable)
     val = choose_validation_images(config, data, unreadable)
@@ -1262,7 +1302,9 @@ def class_accuracies(predicted: Tensor, truth: Tensor, classes: list[str]) -> li
     return records
 
 
-def open_pictures(names: list[str], model: ViTMSNModel | Classifier) -> ImageFiles:
+def open_pictures(
+    names: list[str], model: ViTMSNModel | Classifier, config: FinetuneConfig
+) -> ImageFiles:
     """The readable pictures among files and all those in folders; the others are named on stderr.
 
     Raises UsageError if none is readable.
@@ -1285,14 +1327,21 @@ def open_pictures(names: list[str], model: ViTMSNModel | Classifier) -> ImageFil
             paths.append(path)
 
     side = 2 * model.config.image_size
-    files = ImageFiles(paths, side, cache_bytes=0, check=False)
+    wanted = picture_rules(config, model)
+    files = ImageFiles(paths, side, cache_bytes=0, check=False, rules=wanted)
+    sample = files.read_sample()  # this completes the rules
     good = readable(files, list(range(len(paths))), set())
     if not good:
         raise UsageError(f"none of the {len(paths)} files is a readable image.")
+    sample = replace(sample, unreadable={})  # those are named already
     print(
-        f"{len(good)} pictures, {len(paths) - len(good)} unreadable files skipped", file=sys.stderr
+        f"{len(good)} pictures, {len(paths) - len(good)} unreadable files skipped",
+        *sample.notes(None, files.rules, wanted),
+        sep="\n",
+        file=sys.stderr,
     )
-    return ImageFiles([paths[i] for i in good], side, PICTURE_CACHE, check=False)
+    pictures = [paths[i] for i in good]
+    return ImageFiles(pictures, side, PICTURE_CACHE, check=False, rules=files.rules)
 
 
 def predict(config: FinetuneConfig, model: Classifier, pictures: ImageFiles) -> None:
@@ -1426,9 +1475,9 @@ def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles)
     others = [path for i, path in enumerate(pictures.paths) if i % every]
     data = Images(
         classes=[],
-        train=ImageFiles(others, pictures.side, PICTURE_CACHE, check=False),
+        train=ImageFiles(others, pictures.side, PICTURE_CACHE, check=False, rules=pictures.rules),
         train_labels=None,
-        val=ImageFiles(queries, pictures.side, PICTURE_CACHE, check=False),
+        val=ImageFiles(queries, pictures.side, PICTURE_CACHE, check=False, rules=pictures.rules),
         val_labels=None,
     )
     name = f"{pictures.paths[0].parent.resolve().name or 'pictures'}.png"
@@ -1453,7 +1502,8 @@ COMMANDS = {
     "embed": Command(embed, flags=("output",)),
     "neighbours": Command(neighbours, flags=("output",)),
 }
-COMMON_FLAGS = ("image_size", "device")  # of all of them
+PICTURE_FLAGS = ("background", "integer_range", "float_range", "max_megapixels")
+COMMON_FLAGS = ("image_size", "device", *PICTURE_FLAGS)  # of all of them
 THEIR_FLAGS = ("top", "csv", "output")  # of no use to train and the table
 TABLE_FLAGS = ("methods", "full", "l2", "pixel_size", "scratch_lr")  # of no use to train
 
@@ -1576,7 +1626,7 @@ def main(argv: list[str]) -> None:
         check_order(command, source, images)
         config = FinetuneConfig(checkpoint=source, **given)
         model = load_model(config, classifier=command == "predict")
-        COMMANDS[command].run(config, model, open_pictures(images, model))
+        COMMANDS[command].run(config, model, open_pictures(images, model, config))
     elif command == "train":
         train_and_save(FinetuneConfig(**train_settings(given)))
     else:

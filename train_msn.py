@@ -28,8 +28,8 @@ import tarfile
 import time
 import unicodedata
 import urllib.request
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -40,18 +40,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vitmsn import IMAGENET_MEAN, IMAGENET_STD, normalize, to_rgb
+from vitmsn import IMAGENET_MEAN, IMAGENET_STD, normalize
+from vitmsn import FROM_THE_VALUES, PictureRules, TooManyPixels
 from vitmsn import PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNModel
+from vitmsn import deep_values, first_frame, open_picture, orientation_of, turn_upright
 from vitmsn import from_original, read_tensors, to_original, write_file
 from vitmsn import log_assign, num_patches_to_keep, one_process, sample_patches_to_keep
 from vitmsn import sharpen, sinkhorn
 
 # ---- Settings: one frozen dataclass, from which the command line is derived ----------------------
 PRECISIONS = ("auto", "float32", "bfloat16", "float64")
+ANY = (-1e12, 1e12)  # a range of no meaning
 
 
 def opt(default, text: str, **limits):
@@ -114,6 +117,15 @@ class TrainConfig:
         "augmentation of random anchor views (table 9)",
         choices=("own", "recolored", "target"),
     )
+    # Pictures from files (the same rules for all of them)
+    background: str = opt("white", "behind transparent pixels: a name, or #rrggbb")
+    integer_range: tuple = opt(
+        (0, 0), "16- and 32-bit values for black and white; 0 0: found on a sample", range=ANY
+    )
+    float_range: tuple = opt(
+        (0, 0), "floating-point values for black and white; 0 0: found", range=ANY
+    )
+    max_megapixels: float = opt(256.0, "larger pictures are passed over", range=(1e-6, 10**6))
     # Objective
     temperature: float = opt(0.1, "tau of the anchor assignments", range=(1e-3, 100))
     sharpening: float = opt(0.25, "T at the start; T tau is of the targets", range=(1e-3, 1))
@@ -148,8 +160,16 @@ class TrainConfig:
     def __post_init__(self):
         check_settings(self)  # raises UsageError
 
+    def picture_rules(self) -> PictureRules:
+        """How pictures from files become pixels. Raises ValueError for what is no background."""
+        return PictureRules(
+            self.background, self.integer_range, self.float_range, self.max_megapixels
+        )
+
     def model_config(self) -> ViTMSNConfig:
-        """The architecture. Dropout is 0 in pretraining, whatever a hub config says."""
+        """The architecture, and the rules for pictures, where they are not the usual ones. Dropout
+        is 0 in pretraining, whatever a hub config says."""
+        rules = self.picture_rules().changes()
         return ViTMSNConfig(
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
@@ -159,6 +179,7 @@ class TrainConfig:
             patch_size=self.patch_size,
             initializer_range=self.initializer_range,
             drop_path_rate=self.drop_path_rate,
+            extra={"picture_rules": rules} if rules else {},
         )
 
 
@@ -254,7 +275,7 @@ class Batch(NamedTuple):
     images: Tensor  # b c height width, uint8, smaller ones in the top left corner
     sizes: Tensor  # b 2, height and width of each
     indices: list[int]  # which images of the data set these are
-    unreadable: list[str]  # files for which the next readable one stands in
+    unreadable: list[str]  # files for which the next readable one stands in, and why
 
 
 class Images(NamedTuple):
@@ -265,6 +286,7 @@ class Images(NamedTuple):
     train_labels: Tensor | None  # class numbers
     val: Dataset | None
     val_labels: Tensor | None
+    picture_rules: PictureRules | None = None  # by which files were read
     why_no_labels: str = ""  # where there are none
     notes: tuple[str, ...] = ()  # lines that say what was taken of a folder, and what was not
 
@@ -883,7 +905,8 @@ def open_data(config: TrainConfig) -> Images:
         return cifar10_images(Path(config.data_dir))
     readers = config.num_workers + 1  # the main process reads too
     cache_bytes = config.cache_mb * 2**20 // readers
-    return folder_images(Path(config.data), 2 * config.image_size, cache_bytes)
+    rules = config.picture_rules()
+    return folder_images(Path(config.data), 2 * config.image_size, cache_bytes, rules)
 
 
 @dataclass(eq=False)
@@ -903,58 +926,92 @@ class ImagesInMemory(Dataset):
 class ImageFiles(Dataset):
     """Picture files, read when asked for, with their shorter side reduced to `side` pixels.
 
-    Up to cache_bytes of decoded images are kept. Raises ValueError if half of the files that are
-    tried are unreadable; check=False tries none.
+    Up to cache_bytes of decoded images are kept. A sample is read at once: it completes the rules,
+    and `sample` says what it is like. Raises ValueError if half of it is unreadable. check=False
+    reads none.
     """
 
-    def __init__(self, paths: list[Path], side: int, cache_bytes: int, check: bool = True):
+    def __init__(
+        self,
+        paths: list[Path],
+        side: int,
+        cache_bytes: int,
+        check: bool = True,
+        rules: PictureRules | None = None,
+    ):
         self.paths = paths
         self.side = side
         self.free_bytes = cache_bytes
         self.cache: dict[int, Tensor] = {}
+        self.rules = rules or PictureRules()
+        self.reasons: dict[int, str] = {}  # why a file could not be read
         if check:
-            self.check_readable()
+            self.sample = self.read_sample()
+            self.sample.refuse_if_unreadable()
 
-    def check_readable(self) -> None:
-        """Try some 32 of the files."""
-        tried = range(0, len(self), max(len(self) // 32, 1))
-        readable = sum(self.read(i) is not None for i in tried)
-        if 2 * readable <= len(tried) > 0:
-            where = self.paths[0].parent
-            raise ValueError(
-                f"of {len(tried)} files tried in {where}, only {readable} are readable."
-            )
+    def read_sample(self) -> "PictureSample":
+        """What some of the files are like, evenly spaced: all of them, if they are few."""
+        count = min(len(self), SAMPLE)
+        tried = [k * len(self) // count for k in range(count)]
+        self.rules = self.rules.completed(self.deep_pictures(tried))
+
+        sample = PictureSample(count, {}, [], [])
+        for i in tried:
+            path = self.paths[i]
+            pixels = self.read(i)
+            if pixels is None:
+                sample.unreadable[path] = self.why(i)
+                continue
+            if has_one_colour(pixels):
+                sample.of_one_colour.append(path)
+            if has_several_frames(path, self.rules):
+                sample.of_several_frames.append(path)
+        return sample
+
+    def deep_pictures(self, indices: list[int]) -> Iterator[np.ndarray]:
+        """The values of those pictures that have more than 8 bits."""
+        for i in indices:
+            values = None
+            with suppress(Exception):  # it is said when the picture is read
+                values = deep_values(self.paths[i], self.rules)
+            if values is not None:
+                yield values
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, i: int) -> Tensor | None:
-        """The image, or None if the file is no readable image."""
+        """The image, or None if the file can't be read; `reasons` says why."""
         if i in self.cache:
             return self.cache[i]
         try:
-            pixels = load_image(self.paths[i], self.side)
-        except Exception:  # Pillow's parsers raise every kind there is on damaged files
+            pixels = load_image(self.paths[i], self.side, self.rules)
+        except Exception as error:  # Pillow's parsers raise every kind there is on damaged files
+            self.reasons[i] = why_unreadable(error)
             return None
         if pixels.nbytes <= self.free_bytes:
             self.cache[i] = pixels
             self.free_bytes -= pixels.nbytes
         return pixels
 
+    def why(self, i: int) -> str:
+        """Why a file could not be read."""
+        return self.reasons.get(i, "not read")
+
     def next_readable(self, i: int, unreadable: list[str]) -> tuple[int, Tensor]:
         """The first readable file from i on (after the last comes the first): its number and image.
 
         It stands in for file i, the same one whoever reads. Files that it passes over are appended
-        to `unreadable`. Raises OSError if there is no readable file at all.
+        to `unreadable`, with the reason. Raises OSError if there is no readable file at all.
         """
         for offset in range(len(self)):
             j = (i + offset) % len(self)
             pixels = self.read(j)
             if pixels is not None:
                 return j, pixels
-            unreadable.append(str(self.paths[j]))
+            unreadable.append(f"{self.paths[j]}: {self.why(j)}")
         raise OSError(
-            f"none of the {len(self)} image files is readable any more, such as {self.paths[i]}."
+            f"none of the {len(self)} image files is readable any more, such as {unreadable[0]}."
         )
 
     def __getitems__(self, indices: list[int]) -> Batch:
@@ -980,29 +1037,130 @@ class UnreadableFiles:
     def __init__(self):
         self.known: set[str] = set()
 
-    def announce(self, paths: list[str]) -> None:
-        for path in sorted(set(paths) - self.known):
-            self.known.add(path)
-            note = f"{path} is no readable image ({len(self.known)} so far); the next stands in"
-            say(note, sys.stderr)
+    def announce(self, files: list[str]) -> None:
+        for file in sorted(set(files) - self.known):
+            self.known.add(file)
+            note = f"skipped {file} ({len(self.known)} so far); the next one stands in"
+            print(f"\n{note}", file=sys.stderr)
 
 
-def load_image(path: Path, side: int) -> Tensor:
+def why_unreadable(error: Exception) -> str:
+    """What an error in reading a file says to people: its kind, a colon, more if there is more."""
+    if isinstance(error, TooManyPixels):
+        return f"too large: {error}"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()  # permission denied, no such file or directory, ...
+    details = " ".join(str(error).split())[:100]
+    return f"damaged: {details or type(error).__name__}"
+
+
+def load_image(path: Path, side: int, rules: PictureRules | None = None) -> Tensor:
     """A picture file as uint8, 3 height width, upright.
 
     Its shorter side is reduced to at most `side` pixels, and its longer one to at most four times
-    that. Raises whatever Pillow raises, also for a picture above Pillow's own limit of pixels.
+    that. Raises TooManyPixels and whatever Pillow raises.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            image.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size, if enough
-            image = to_rgb(image)
-    scale = min(1, side / min(image.size), 4 * side / max(image.size))
-    if scale < 1:
-        smaller = [max(1, round(length * scale)) for length in image.size]
-        image = image.resize(smaller, Image.Resampling.BILINEAR, reducing_gap=2)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    rules = rules or PictureRules()
+    with open_picture(path, rules) as file:
+        drafted = file.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size
+        image = first_frame(file, 3, rules)
+        orientation = orientation_of(file)
+
+    # A fraction of the size may end within the last row and column, which are wider than the rest
+    # of the picture then. So what is resized is the fractional box that the picture fills.
+    box = drafted[1] if drafted else (0, 0, *image.size)
+    width, height = box[2:]
+    scale = min(1, side / min(width, height), 4 * side / max(width, height))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    if size != (width, height):
+        image = image.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=2)
+    return torch.from_numpy(np.array(turn_upright(image, orientation))).permute(2, 0, 1)
+
+
+# ---- What a sample of the pictures is like: said at the start, so that nothing goes wrong quietly
+SAMPLE = 128  # pictures that are read at the start
+
+
+@dataclass
+class PictureSample:
+    """What was found among some picture files."""
+
+    tried: int
+    unreadable: dict[Path, str]  # file -> why
+    of_one_colour: list[Path]
+    of_several_frames: list[Path]
+
+    def __add__(self, other: "PictureSample") -> "PictureSample":
+        return PictureSample(
+            self.tried + other.tried,
+            self.unreadable | other.unreadable,
+            self.of_one_colour + other.of_one_colour,
+            self.of_several_frames + other.of_several_frames,
+        )
+
+    def reasons(self, folder: Path | None) -> str:
+        """Why how many files can't be read: the kinds of reasons, each with the first of its kind
+        in full and some names."""
+        kinds: dict[str, list[Path]] = {}
+        for path, reason in self.unreadable.items():
+            kinds.setdefault(reason.partition(":")[0], []).append(path)
+        parts = []
+        for paths in kinds.values():
+            first_reason = self.unreadable[paths[0]]
+            parts.append(f"{len(paths)} {first_reason} ({some_names(paths, folder)})")
+        return "; ".join(parts)
+
+    def refuse_if_unreadable(self) -> None:
+        """Raise ValueError if half of the files or more can't be read."""
+        if 2 * len(self.unreadable) >= self.tried > 0:
+            folder = next(iter(self.unreadable)).parent
+            raise ValueError(
+                f"of {self.tried} files tried in {folder}, only "
+                f"{self.tried - len(self.unreadable)} are readable: {self.reasons(folder)}."
+            )
+
+    def notes(self, folder: Path | None, rules: PictureRules, wanted: PictureRules) -> list[str]:
+        """Lines on what is unusual. wanted: the rules that were asked for, rules: as completed."""
+        notes = []
+        if self.unreadable:
+            notes.append(
+                f"{len(self.unreadable)} of {self.tried} files tried can't be read: "
+                + self.reasons(folder)
+            )
+        if self.of_one_colour:
+            notes.append(
+                f"{len(self.of_one_colour)} of {self.tried} pictures tried are of one colour: "
+                + some_names(self.of_one_colour, folder)
+            )
+        if self.of_several_frames:
+            notes.append(
+                f"{len(self.of_several_frames)} of {self.tried} pictures tried have several frames "
+                "or pages: the first that is not of one colour is taken"
+            )
+        for name, kind in (("integer_range", "more than 8 bits"), ("float_range", "real numbers")):
+            low, high = getattr(rules, name)
+            if (low, high) != FROM_THE_VALUES and getattr(wanted, name) == FROM_THE_VALUES:
+                flag = "--" + name.replace("_", "-")
+                notes.append(
+                    f"pictures of {kind}: {low:g} becomes black, {high:g} white (found on those "
+                    f"tried; {flag} sets it)"
+                )
+        return notes
+
+
+def has_one_colour(pixels: Tensor) -> bool:
+    """Whether all pixels of an image (c height width) are the same."""
+    return bool((pixels == pixels[:, :1, :1]).all())
+
+
+def has_several_frames(path: Path, rules: PictureRules) -> bool:
+    """Whether a picture that can be read is an animation or has pages (a JPEG has none)."""
+    with open_picture(path, rules) as image:
+        return image.format not in ("JPEG", "MPO") and getattr(image, "n_frames", 1) > 1
 
 
 def load_batches(
@@ -1083,9 +1241,9 @@ class FoundFiles:
         return ["passed over: " + ", ".join(parts)]
 
 
-def some_names(paths: list[Path], folder: Path) -> str:
-    """The first few paths, as seen from a folder, for a line of text."""
-    names = [str(path.relative_to(folder)) for path in paths[:MOST_NAMES]]
+def some_names(paths: list[Path], folder: Path | None) -> str:
+    """The first few paths for a line of text, as seen from a folder if there is one."""
+    names = [str(path.relative_to(folder) if folder else path) for path in paths[:MOST_NAMES]]
     if len(paths) > MOST_NAMES:
         names.append("...")
     return ", ".join(names)
@@ -1277,13 +1435,20 @@ def tree_notes(tree: PictureTree, found: FoundFiles, val_names: list[str]) -> tu
     return (*notes, *found.summary())
 
 
-def folder_images(folder: Path, side: int, cache_bytes: int) -> Images:
+def folder_images(
+    folder: Path, side: int, cache_bytes: int, rules: PictureRules | None = None
+) -> Images:
     """The pictures of a folder, with labels where sort_pictures finds them."""
+    wanted = rules or PictureRules()
     tree = sort_pictures(find_pictures(folder))
-    train = ImageFiles(tree.train, side, cache_bytes)
+    train = ImageFiles(tree.train, side, cache_bytes, rules=wanted)
     if tree.why_no_labels:
-        return Images([], train, None, None, None, tree.why_no_labels, tree.notes)
+        notes = (*tree.notes, *train.sample.notes(folder, train.rules, wanted))
+        return Images([], train, None, None, None, train.rules, tree.why_no_labels, notes)
 
+    val = ImageFiles(tree.val, side, cache_bytes, rules=train.rules)
+    train.rules = val.rules  # it may have found what no picture of train could tell
+    sample = train.sample + val.sample
     train_names = [class_name(path, tree.train_folder) for path in tree.train]
     val_names = [class_name(path, tree.val_folder) for path in tree.val]
     classes = sorted(set(train_names))
@@ -1292,9 +1457,10 @@ def folder_images(folder: Path, side: int, cache_bytes: int) -> Images:
         classes,
         train,
         train_labels=torch.tensor([number[name] for name in train_names]),
-        val=ImageFiles(tree.val, side, cache_bytes),
+        val=val,
         val_labels=torch.tensor([number[name] for name in val_names]),
-        notes=tree.notes,
+        picture_rules=val.rules,
+        notes=(*tree.notes, *sample.notes(folder, val.rules, wanted)),
     )
 
 
@@ -3049,7 +3215,7 @@ def check_settings(config: TrainConfig) -> None:
                 f"{sizes_that_go(sizes, config.patch_size)}."
             )
     try:
-        config.model_config()
+        config.model_config()  # checks the rules for pictures too
         num_patches_to_keep((config.image_size // config.patch_size) ** 2, config.mask_ratio)
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -3174,6 +3340,10 @@ def main(argv: list[str]) -> None:
     processes = start_processes(config)
     config = replace(config, precision=choose_precision(config.precision, processes.device))
     data = open_data(config)
+    if data.picture_rules:  # so that the run's folder and its encoder know what was found
+        found = data.picture_rules
+        ranges = {"integer_range": found.integer_range, "float_range": found.float_range}
+        config = replace(config, **ranges)
     if len(data.train) < config.batch_size:
         raise UsageError(
             f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; "

@@ -33,10 +33,11 @@ import json
 import math
 import os
 import re
+import threading
 import warnings
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import partial
@@ -47,7 +48,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -1570,19 +1571,244 @@ def write_file(path: Path, content: bytes | Callable) -> None:
         temporary.unlink(missing_ok=True)
 
 
+# ---- Pictures: from a file's values to 8-bit pixels ----------------------------------------------
+
+Range = tuple[float, float]  # the values that become black and white
+FROM_THE_VALUES: Range = (0.0, 0.0)  # a range that is still to be found, by find_range
+
+# Ranges that files are meant in, as a rule, whatever their format says. 16-bit files often hold
+# the 10, 12 or 14 bits of a camera.
+INTEGER_RANGES = [(0, 2**bits - 1) for bits in (8, 10, 12, 14, 16)]
+FLOAT_RANGES = [(0, 1), (-1, 1), (0, 255), (0, 65535)]
+
+# What undoes each orientation that EXIF knows (tag 0x0112).
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class PictureRules:
+    """How the values of a picture become 8-bit pixels; the same for all pictures of a data set.
+
+    The two ranges are for pictures of more than 8 bits: the values that become black and white.
+    """
+
+    background: str = "white"  # behind transparent pixels: a name, or #rrggbb
+    integer_range: Range = FROM_THE_VALUES
+    float_range: Range = FROM_THE_VALUES
+    max_megapixels: float = 256.0  # larger files are not opened: they could fill the memory
+
+    def __post_init__(self):
+        try:
+            ImageColor.getrgb(self.background)
+        except (ValueError, AttributeError):
+            raise ValueError(
+                f"background={self.background!r} is no colour; use a name (white) or #rrggbb."
+            ) from None
+        for name in ("integer_range", "float_range"):
+            low, high = getattr(self, name)
+            if not low <= high:
+                raise ValueError(f"{name}={low} {high} must be two numbers, the lower one first.")
+
+    @classmethod
+    def from_config(cls, config: ViTMSNConfig) -> "PictureRules":
+        """Those that the model was trained with, if its config tells them, else the defaults."""
+        saved = config.extra.get("picture_rules", {})
+        try:
+            known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
+            for name in ("integer_range", "float_range"):
+                known[name] = tuple(map(float, known.get(name, FROM_THE_VALUES)))
+            return cls(**known)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"picture_rules={saved!r} of config.json: {error}") from None
+
+    def changes(self) -> dict:
+        """What differs from the defaults, by name: for the `extra` of a config."""
+        defaults = asdict(PictureRules())
+        changed = {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        return json.loads(json.dumps(changed))  # lists for pairs, as a config.json has them
+
+    def completed(self, deep_pictures: Iterable[np.ndarray]) -> "PictureRules":
+        """With the ranges that are still open found on some pictures, which count alike."""
+        samples: dict[str, list[np.ndarray]] = {"integer_range": [], "float_range": []}
+        for values in deep_pictures:
+            name = "float_range" if is_float(values) else "integer_range"
+            finite = values[np.isfinite(values)]
+            if finite.size and getattr(self, name) == FROM_THE_VALUES:
+                shares = np.linspace(0, 1, 1001)
+                samples[name].append(np.quantile(finite, shares, method="nearest"))
+        found = {name: find_range(np.stack(parts)) for name, parts in samples.items() if parts}
+        return replace(self, **found)
+
+
+class TooManyPixels(ValueError):
+    """A picture is larger than PictureRules.max_megapixels."""
+
+
+class PillowsGuards:
+    """While pictures are read, by any number of threads: Pillow's own limit of pixels, which it
+    does not name when it refuses a picture, is off, and so are its warnings of damaged metadata."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.readers = 0
+
+    def __enter__(self):
+        with self.lock:
+            self.readers += 1
+            if self.readers == 1:
+                self.limit = Image.MAX_IMAGE_PIXELS
+                Image.MAX_IMAGE_PIXELS = None
+                self.quiet = warnings.catch_warnings()
+                self.quiet.__enter__()
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.readers -= 1
+            if self.readers == 0:
+                self.quiet.__exit__(*error)
+                Image.MAX_IMAGE_PIXELS = self.limit
+
+
+pillows_guards = PillowsGuards()
+
+
+@contextmanager
+def open_picture(path: str | os.PathLike, rules: PictureRules) -> Iterator[Image.Image]:
+    """A picture file, opened by Pillow. Raises TooManyPixels or whatever Pillow raises."""
+    with pillows_guards, Image.open(path) as image:
+        megapixels = image.width * image.height / 1e6
+        if megapixels > rules.max_megapixels:
+            raise TooManyPixels(
+                f"{image.width} x {image.height} are {megapixels:.3g} megapixels, above the limit "
+                f"max_megapixels={rules.max_megapixels:g}; raise it if you trust the file"
+            )
+        yield image
+
+
+def orientation_of(image: Image.Image) -> int:
+    """How the camera was held, by EXIF's numbers: 1 is upright, which is assumed if the EXIF data
+    can't be parsed. Ask for it after the pixels: Pillow turns some formats itself."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # Pillow's parser raises every kind there is on damaged data
+        return 1
+
+
+def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """The picture as it was seen when it was taken, from EXIF's number."""
+    if orientation not in UPRIGHT:
+        return image
+    return image.transpose(UPRIGHT[orientation])
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether its values are no bytes: 16 or 32 bits, signed or not, or floating-point numbers."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def is_float(values: np.ndarray) -> bool:
+    return np.issubdtype(values.dtype, np.floating)
+
+
+def find_range(values: np.ndarray) -> Range:
+    """Which values become black and white, if nobody says: the first of the usual ranges (0 to 255,
+    0 to 1023, ..., or 0 to 1, -1 to 1, ...) that holds all values and of which they fill a quarter;
+    else from the lowest to the highest value. A thousandth at either end does not count.
+
+    values: numbers of any kind and shape, of one picture or of many.
+    """
+    usual_ranges = FLOAT_RANGES if is_float(values) else INTEGER_RANGES
+    values = values[np.isfinite(values)].astype(np.float64)
+    if values.size == 0:
+        return (0.0, 1.0)
+    low, high = np.quantile(values, (0.001, 0.999))
+    if low == high:
+        low = values.min()
+        high = values.max()
+
+    for usual_low, usual_high in usual_ranges:
+        is_inside = usual_low <= low and high <= usual_high
+        if is_inside and 4 * (high - low) >= usual_high - usual_low:
+            return (float(usual_low), float(usual_high))
+    return (float(low), float(high)) if high > low else (float(low), float(low) + 1)
+
+
+def to_bytes(values: np.ndarray, rules: PictureRules) -> np.ndarray:
+    """Deep values as 0 to 255, by the rules' range or, if they have none, by that of these values.
+    What lies outside of it becomes black or white; what is no number becomes black."""
+    low, high = rules.float_range if is_float(values) else rules.integer_range
+    if (low, high) == FROM_THE_VALUES:
+        low, high = find_range(values)
+    scaled = (values.astype(np.float64) - low) * 255 / (high - low)
+    return np.nan_to_num(scaled.round(), nan=0).clip(0, 255).astype(np.uint8)
+
+
+def to_8_bit(image: Image.Image, channels: int, rules: PictureRules) -> Image.Image:
+    """The present frame of a picture in 8 bits, on the background where it is transparent: RGB, or
+    grey if channels is 1.
+
+    Departure: data sets are usually read by Image.convert("RGB"), as torchvision's are, which drops
+    the alpha channel: what is drawn in it alone is lost. (transformers' image processors composite
+    on white, too, if do_convert_rgb is set; its load_image drops it.)
+    """
+    if is_deep(image):
+        image = Image.fromarray(to_bytes(np.asarray(image), rules))
+    elif image.has_transparency_data:
+        background = Image.new("RGBA", image.size, rules.background)
+        image = Image.alpha_composite(background, image.convert("RGBA"))
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def is_of_one_colour(image: Image.Image) -> bool:
+    """Whether all pixels of an 8-bit picture are the same."""
+    extrema = image.getextrema()
+    bands = [extrema] if image.mode == "L" else extrema
+    return all(low == high for low, high in bands)
+
+
+def first_frame(image: Image.Image, channels: int, rules: PictureRules) -> Image.Image:
+    """The first frame or page that is not of one colour, in 8 bits; if all are, the first one.
+
+    The image is left at that frame. (What a JPEG has beside its picture are no pages.)
+    """
+    start = image.tell()
+    first = to_8_bit(image, channels, rules)
+    if image.format in ("JPEG", "MPO") or not is_of_one_colour(first):
+        return first
+
+    for number in range(start + 1, getattr(image, "n_frames", 1)):
+        image.seek(number)
+        frame = to_8_bit(image, channels, rules)
+        if not is_of_one_colour(frame):
+            return frame
+    image.seek(start)
+    return first
+
+
+def to_rgb(image: Image.Image, channels: int = 3, rules: PictureRules | None = None) -> Image.Image:
+    """Any picture upright, as 8-bit RGB, or as 8-bit grey if channels is 1. It is left at the frame
+    at which it was."""
+    start = image.tell()
+    frame = first_frame(image, channels, rules or PictureRules())
+    upright = turn_upright(frame, orientation_of(image))
+    image.seek(start)
+    return upright
+
+
 # ---- Preprocessing -------------------------------------------------------------------------------
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue, in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
-    """Any picture upright, as 8-bit RGB, or as 8-bit grey if channels is 1; alpha is dropped."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: scaled to 8 bits, where Pillow would clip
-        grey = np.asarray(image).clip(0, 65535) // 257
-        image = Image.fromarray(grey.astype(np.uint8))
-    return image.convert("RGB" if channels == 3 else "L")
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -1597,25 +1823,32 @@ def normalize(pixels: Tensor) -> Tensor:
 
 
 def preprocess(images, config: ViTMSNConfig, protocol: str = "squash") -> Tensor:
-    """PIL images, one or a list, to pixel values. -> b c image_size image_size.
+    """Pictures, one or a list, to pixel values. -> b c image_size image_size.
 
+    A picture is a path, a PIL image, a numpy array (h w, h w c or c h w) or a tensor (h w, c h w).
+    More than 8 bits and transparent pixels are treated by the `picture_rules` of the config, as in
+    the model's training (PictureRules); ranges that are not among them are found on these pictures.
     "squash" resizes both sides to image_size, whatever the picture's proportions.
     "center-crop" resizes the shorter side to 256/224 of it and cuts out the middle.
     Both are bilinear and normalise by ImageNet's statistics. Raises ValueError for any other
     protocol, or without images.
     Departure: the paper evaluates by "center-crop"; the default is that of transformers.
     """
-    images = [images] if isinstance(images, Image.Image) else list(images)
+    images = list_pictures(images)
     if protocol not in ("squash", "center-crop") or not images:
         raise ValueError(
             f"{len(images)} images, protocol={protocol!r}: pass at least one, 'squash' or "
             "'center-crop'."
         )
 
+    rules = PictureRules.from_config(config)
+    deep_pictures = [deep_values(picture, rules) for picture in images]
+    rules = rules.completed(values for values in deep_pictures if values is not None)
+
     size = config.image_size
     batch = []
-    for image in images:
-        image = to_rgb(image, config.num_channels)
+    for picture in images:
+        image = picture_to_rgb(picture, config.num_channels, rules)
         if protocol == "squash":
             image = image.resize((size, size), Image.Resampling.BILINEAR)
         else:
@@ -1623,6 +1856,65 @@ def preprocess(images, config: ViTMSNConfig, protocol: str = "squash") -> Tensor
         pixels = torch.from_numpy(np.array(image)).reshape(size, size, -1)
         batch.append(pixels.permute(2, 0, 1))
     return normalize(torch.stack(batch).float() / 255)
+
+
+def list_pictures(images) -> list:
+    """A list of what preprocess takes, with arrays and tensors as arrays h w or h w c."""
+    is_array = isinstance(images, (np.ndarray, Tensor))
+    if isinstance(images, (str, os.PathLike, Image.Image)) or (is_array and images.ndim < 4):
+        images = [images]
+
+    pictures = []
+    for picture in images:
+        if isinstance(picture, Tensor):
+            picture = picture.detach().cpu().numpy()
+        if isinstance(picture, np.ndarray):
+            picture = channels_last(picture)
+        elif not isinstance(picture, (str, os.PathLike, Image.Image)):
+            raise ValueError(
+                f"a picture is a path, a PIL image, an array or a tensor, not {type(picture)}."
+            )
+        pictures.append(picture)
+    return pictures
+
+
+def channels_last(values: np.ndarray) -> np.ndarray:
+    """An array h w c or c h w, of 1, 3 or 4 channels, as h w or h w c."""
+    if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim == 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    is_picture = values.ndim == 2 or (values.ndim == 3 and values.shape[-1] in (3, 4))
+    if not is_picture or 0 in values.shape:
+        raise ValueError(
+            f"an array of shape {values.shape} is no picture; use h w, h w c or c h w, with 1, 3 "
+            "or 4 channels."
+        )
+    return values
+
+
+def deep_values(picture, rules: PictureRules) -> np.ndarray | None:
+    """The values of a picture of more than 8 bits, None of any other."""
+    if isinstance(picture, np.ndarray):
+        return None if picture.dtype in (np.uint8, np.bool_) else picture
+    if isinstance(picture, Image.Image):
+        return np.asarray(picture) if is_deep(picture) else None
+    with open_picture(picture, rules) as image:
+        return np.asarray(image) if is_deep(image) else None
+
+
+def picture_to_rgb(picture, channels: int, rules: PictureRules) -> Image.Image:
+    """A path, a PIL image or an array (h w, h w c) as to_rgb gives it."""
+    if isinstance(picture, Image.Image):
+        return to_rgb(picture, channels, rules)
+    if isinstance(picture, np.ndarray):
+        if picture.dtype == np.bool_:
+            picture = picture * np.uint8(255)
+        elif picture.dtype != np.uint8:
+            picture = to_bytes(picture, rules)
+        return to_rgb(Image.fromarray(picture), channels, rules)
+    with open_picture(picture, rules) as image:
+        return to_rgb(image, channels, rules)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -839,7 +839,7 @@ def test_predict_names_skips_and_counts_what_it_cannot_read(world, capsys, tmp_p
     out, err = capsys.readouterr()
     blue = sorted(CLASSES)[2]
     assert len(out.splitlines()) == 1 and f"blau ü.png: {blue}" in out
-    assert "broken.jpg is no readable image" in err and "1 pictures, 1 unreadable" in err
+    assert "broken.jpg: no picture that Pillow knows" in err and "1 pictures, 1 unreadable" in err
     assert "notes" not in err
     records = read_csv(table)
     assert [record["place"] for record in records] == ["1", "2"]

@@ -15,16 +15,17 @@ import train_msn
 from train_msn import UsageError, find_pictures, folder_images, make_config, sort_pictures
 
 CACHE = 2**20
+RAMP = np.arange(0, 252, 7, dtype=np.uint8).reshape(6, 6)
 TREE = ("train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png")
 
 
 def open_tree(folder, *names):
-    """A folder of grey pictures of these names (other files get text), opened."""
+    """A folder of pictures of these names (other files get text), opened."""
     for i, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() in train_msn.picture_endings():
-            make_grey_pictures(folder, name)
+            save_picture(path, RAMP)
         else:
             path.write_text(f"file {i}")
     return folder_images(folder, 8, CACHE)
@@ -44,7 +45,7 @@ def test_a_folder_of_classes_has_labels_and_validation_images(tmp_path):
     assert data.classes == ["a c", "b", "ä"] and [len(data.train), len(data.val)] == [3, 1]
     assert data.train_labels.tolist() == [0, 1, 2] and data.val_labels.tolist() == [2]
     assert data.val.__getitems__([0]).images.unique().tolist() == [30]
-    assert data.notes == () and data.why_no_labels == ""
+    assert data.why_no_labels == ""
 
 
 def test_the_class_is_the_first_folder_below_the_split_however_deep(tmp_path):
@@ -181,9 +182,9 @@ def test_a_hidden_folder_that_is_asked_for_is_opened(tmp_path):
 
 def test_pictures_are_what_pillow_can_open_and_all_else_is_counted_by_ending(tmp_path):
     """All endings that Pillow registers are taken; others are counted, by ending."""
-    save_picture(tmp_path / "1.JFIF", np.zeros((4, 4), "uint8"), format="jpeg")
-    save_picture(tmp_path / "2.jp2", np.zeros((4, 4), "uint8"))
-    save_picture(tmp_path / "3.tga", np.zeros((4, 4), "uint8"))
+    save_picture(tmp_path / "1.JFIF", RAMP, format="jpeg")
+    save_picture(tmp_path / "2.jp2", RAMP)
+    save_picture(tmp_path / "3.tga", RAMP)
     for name in ("notes.txt", "a.mp4", "b.MP4", "c.mpg", "README", "d.xyz"):
         (tmp_path / name).write_text("text")
     data = folder_images(tmp_path, 8, CACHE)
@@ -235,7 +236,8 @@ def test_a_run_says_what_it_took_in_at_most_twelve_lines(tmp_path, capsys):
     for i in range(20):
         (folder / f"file.kind{i}").write_text("text")
     (folder / "train" / ".ipynb_checkpoints").mkdir()
-    make_grey_pictures(folder, "train/cover.png", "test/1.png", "extra/1.png")
+    for name in ("train/cover.png", "test/1.png", "extra/1.png"):
+        save_picture(folder / name, RAMP)
     flags = ("--data", folder, "--output-dir", tmp_path / "run", "--max-steps", 1)
     assert run_here(*TINY, *flags) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,0 +1,349 @@
+"""From the values in a file to the pixels that a network sees: depth, alpha, frames, limits.
+
+Nothing of a picture is lost without a word, and all that read pictures read them alike.
+"""
+
+import json
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from common import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+from runs import TINY, run_here, save_picture
+from torch.testing import assert_close
+
+import finetune
+import train_msn
+from train_msn import ImageFiles, folder_images, load_image, why_unreadable
+from vitmsn import PictureRules, ViTMSNConfig, find_range, preprocess, to_bytes, to_rgb
+
+CACHE = 2**20
+RAMP = np.linspace(0, 1, 12 * 8).reshape(8, 12)  # no two pixels alike
+BYTES = np.round(255 * RAMP).astype(np.uint8)
+
+
+def pixels_of(folder, **rules) -> np.ndarray:
+    """All pictures of a folder as a network's data set gives them: b c height width."""
+    data = folder_images(folder, 64, CACHE, PictureRules(**rules))
+    return data.train.__getitems__(list(range(len(data.train)))).images.numpy()
+
+
+# -- depth -----------------------------------------------------------------------------------------
+
+DEEP = {
+    "8 of 16 bits": (RAMP * 255).round().astype(np.uint16),
+    "10 of 16 bits": (RAMP * 1023).round().astype(np.uint16),
+    "12 of 16 bits": (RAMP * 4095).round().astype(np.uint16),
+    "all 16 bits": (RAMP * 65535).round().astype(np.uint16),
+    "16 bits around an offset": (30000 + RAMP * 900).astype(np.uint16),
+    "signed": (RAMP * 4000 - 1000).round().astype(np.int32),
+    "floats from 0 to 1": RAMP.astype(np.float32),
+    "floats from -1 to 1": (2 * RAMP - 1).astype(np.float32),
+    "floats up to 255": (RAMP * 255).astype(np.float32),
+    "floats above 255": (RAMP * 9000).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("values", DEEP.values(), ids=DEEP)
+def test_a_picture_of_any_depth_keeps_its_levels(values, tmp_path):
+    """Whatever the range that the values fill, black to white is what the network sees."""
+    save_picture(tmp_path / "1.tif", values)
+    save_picture(tmp_path / "2.tif", values[::-1].copy())
+    for seen, expected in zip(pixels_of(tmp_path), (BYTES, BYTES[::-1]), strict=True):
+        assert np.abs(seen.astype(int) - expected).max() <= 1
+
+
+def test_the_range_is_the_same_for_a_whole_data_set_and_is_said_once(tmp_path):
+    """A picture half as bright stays half as bright; validation follows training."""
+    dark = (RAMP * 2000).astype(np.uint16)
+    for i, values in enumerate((dark, 2 * dark)):
+        save_picture(tmp_path / "train" / "a" / f"{i}.png", values)
+        save_picture(tmp_path / "train" / "b" / f"{i}.png", BYTES)
+    save_picture(tmp_path / "val" / "a" / "1.png", dark)
+    data = folder_images(tmp_path, 64, CACHE)
+    half, full, *_ = data.train.__getitems__([0, 1]).images.numpy().astype(int)
+    assert np.abs(2 * half - full).max() <= 1 and 240 < full.max() < 255
+    assert np.array_equal(data.val.__getitems__([0]).images[0], half)
+    assert data.picture_rules.integer_range == (0, 4095)
+    (line,) = [note for note in data.notes if "4095" in note]
+    assert "--integer-range" in line
+
+
+def test_the_range_can_be_given(tmp_path):
+    """A flag sets the values of black and white; then nothing is found, and nothing is said."""
+    save_picture(tmp_path / "1.png", (RAMP * 4095).astype(np.uint16))
+    seen = pixels_of(tmp_path, integer_range=(0, 65535))
+    assert seen.max() == 16  # as dark as the full range of 16 bits makes it
+    assert not [
+        n
+        for n in folder_images(tmp_path, 8, 0, PictureRules("white", (0, 9))).notes
+        if "8 bits" in n
+    ]
+
+
+@given(
+    arrays(
+        st.sampled_from([np.uint16, np.int32, np.float32]),
+        st.tuples(st.integers(1, 9), st.integers(1, 9)),
+        elements={"min_value": 0, "max_value": 60000},
+    )
+)
+def test_order_is_kept_and_the_found_range_holds_nearly_all_values(values):
+    """A brighter value never becomes darker, and a picture that is not of one colour stays so."""
+    low, high = find_range(values)
+    seen = to_bytes(values, PictureRules())
+    order = values.ravel().argsort()
+    assert low < high and (np.diff(seen.ravel()[order].astype(int)) >= 0).all()
+    if values.min() < values.max():
+        assert seen.min() < seen.max()
+
+
+def test_values_that_are_no_numbers_do_no_harm():
+    """NaN is black, infinity white; the range is found on the others."""
+    values = np.array([[0, 0.5, 1, np.nan, np.inf, -np.inf]], np.float32)
+    assert to_bytes(values, PictureRules()).tolist() == [[0, 128, 255, 0, 255, 0]]
+
+
+# -- alpha -----------------------------------------------------------------------------------------
+
+
+def shape_in_alpha(colour: int) -> Image.Image:
+    """A picture of one colour, whose content is its alpha channel."""
+    flat = Image.new("L", (12, 8), colour)
+    return Image.merge("RGBA", [flat, flat, flat, Image.fromarray(BYTES)])
+
+
+def test_what_is_drawn_in_the_alpha_channel_alone_is_seen_by_all(tmp_path):
+    """Training, preprocess and predict composite on white, or on the background that is given."""
+    path = save_picture(tmp_path / "icon.png", shape_in_alpha(0))
+    seen = load_image(path, 64).numpy()
+    assert np.array_equal(seen[0], 255 - BYTES)
+    assert np.array_equal(np.asarray(to_rgb(Image.open(path)))[..., 0], 255 - BYTES)
+    black = load_image(path, 64, PictureRules(background="black"))
+    assert not black.any()
+
+    config = tiny_config(extra={"picture_rules": {"background": "black"}})
+    assert preprocess(path, config).unique().numel() == 3  # one colour: three numbers
+    assert preprocess(path, tiny_config()).unique().numel() > 3
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "L", "RGB"])
+def test_every_way_to_be_transparent_shows_the_background(mode, tmp_path):
+    """Alpha channels, palettes and colours that are declared transparent all become white."""
+    declared = {"P": 0, "L": 0, "RGB": (0, 0, 0)}  # black is what is transparent
+    options = {"transparency": declared[mode]} if mode in declared else {}
+    Image.new(mode, (4, 4)).save(tmp_path / "1.png", **options)
+    assert load_image(tmp_path / "1.png", 64).min() == 255
+
+
+# -- frames ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp"])
+def test_the_first_frame_or_page_that_is_not_of_one_colour_is_taken(suffix, tmp_path):
+    """A blank first frame is passed over; several pages are said once."""
+    blank = Image.new("L", (12, 8))
+    frames = [blank, Image.fromarray(BYTES), Image.fromarray(255 - BYTES)]
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = tmp_path / f"1.{suffix}"
+    blank.save(path, save_all=True, append_images=frames[1:], **options)
+    assert np.abs(load_image(path, 64)[0].numpy().astype(int) - BYTES).max() <= 1
+    with Image.open(path) as image:
+        assert np.abs(np.asarray(to_rgb(image))[..., 0].astype(int) - BYTES).max() <= 1
+        assert image.tell() == 0  # the caller's picture is left where it was
+    notes = folder_images(tmp_path, 8, CACHE).notes
+    assert sum("1 of 1 pictures tried have several frames" in note for note in notes) == 1
+
+
+# -- pictures of one colour ------------------------------------------------------------------------
+
+
+def test_pictures_of_one_colour_are_counted_and_named(tmp_path):
+    """18 of 36: the line says so, with names."""
+    for i in range(36):
+        save_picture(tmp_path / f"{i:02d}.png", BYTES if i % 2 else np.full_like(BYTES, i))
+    notes = folder_images(tmp_path, 8, CACHE).notes
+    line = "18 of 36 pictures tried are of one colour: 00.png, 02.png, 04.png, ..."
+    assert line in notes
+
+
+# -- EXIF ------------------------------------------------------------------------------------------
+
+
+@given(exif=st.binary(max_size=60), suffix=st.sampled_from(["jpg", "png", "webp", "tif"]))
+def test_exif_data_that_cannot_be_parsed_costs_nothing(exif, suffix, tmp_path):
+    """The pixels are fine, so the picture is: whatever the EXIF data."""
+    path = tmp_path / f"1.{suffix}"
+    image = Image.fromarray(np.stack([BYTES] * 3, axis=2))
+    if suffix == "tif":
+        image.save(path)
+    else:
+        image.save(path, exif=b"Exif\0\0MM\0*\0\0\0\10" + exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # and not a word is said
+        assert sorted(load_image(path, 64).shape) == [3, 8, 12]
+        assert preprocess(path, tiny_config()).isfinite().all()
+
+
+def test_an_exif_entry_that_points_nowhere_is_no_reason_to_refuse(tmp_path):
+    """An entry of a length and at a place that do not exist: Pillow raises struct.error."""
+    entry = struct.pack(">HHHLL", 1, 0x0112, 3, 0xFFFF, 0xFFFFFFF0)
+    path = tmp_path / "1.jpg"
+    Image.fromarray(BYTES).save(path, exif=b"Exif\0\0MM\0*\0\0\0\10" + entry, quality=100)
+    assert np.abs(load_image(path, 64)[0].numpy().astype(int) - BYTES).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+def test_files_are_turned_upright(orientation, suffix, tmp_path):
+    """What is stored turned is read as it was before, in every format that knows EXIF."""
+    upright = Image.fromarray(np.stack([BYTES, 255 - BYTES, BYTES // 2], axis=2))
+    stored = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
+    turned = upright if stored is None else upright.transpose(stored)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
+    turned.save(tmp_path / f"1.{suffix}", exif=exif, **options)
+    seen = load_image(tmp_path / f"1.{suffix}", 64).permute(1, 2, 0).numpy()
+    assert np.abs(seen.astype(int) - np.asarray(upright)).max() <= 4
+
+
+# -- limits and reasons ----------------------------------------------------------------------------
+
+
+def test_the_limit_of_pixels_is_a_setting_and_is_named_with_the_size(tmp_path):
+    """Above Pillow's own limit a picture is read; above ours the reason names limit and size."""
+    path = save_picture(tmp_path / "large.png", np.tile(BYTES, (10, 10)))
+    rules = PictureRules(max_megapixels=0.005)
+    files = ImageFiles([path], 8, 0, check=False, rules=rules)
+    assert files.read(0) is None
+    assert "120 x 80 are 0.0096 megapixels, above the limit max_megapixels=0.005" in files.why(0)
+
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        Image.MAX_IMAGE_PIXELS = 100
+        assert load_image(path, 8).shape == (3, 8, 12)
+        assert Image.MAX_IMAGE_PIXELS == 100
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (MemoryError(), "out of memory"),
+        (PermissionError(13, "Permission denied"), "permission denied"),
+        (OSError(24, "Too many open files"), "too many open files"),
+        (OSError("image file is truncated (3 bytes not processed)"), "damaged: image file is tru"),
+        (ValueError(), "damaged: ValueError"),
+    ],
+)
+def test_each_reason_is_said_as_what_it_is(error, says, tmp_path, monkeypatch):
+    """No memory and no permission are not a damaged picture."""
+    path = save_picture(tmp_path / "1.png", BYTES)
+    files = ImageFiles([path], 8, 0)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train_msn, "load_image", fail)
+    assert files.read(0) is None and files.why(0).startswith(says)
+    assert why_unreadable(error) == files.why(0)
+
+
+def test_the_start_counts_what_cannot_be_read_by_reason(tmp_path):
+    """Of a folder with a few bad files, the line gives each reason with its count."""
+    for i in range(8):
+        save_picture(tmp_path / f"{i}.png", BYTES)
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "8.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "9.png").write_bytes(b"text")
+    (tmp_path / "a.png").write_bytes(b"text")
+    (note,) = folder_images(tmp_path, 8, CACHE).notes[1:]
+    assert note.startswith("3 of 11 files tried can't be read: 1 damaged: ")
+    assert "2 no picture that Pillow knows (9.png, a.png)" in note
+
+
+# -- JPEG decoded at a fraction of its size --------------------------------------------------------
+
+
+def test_a_jpeg_that_is_decoded_at_a_fraction_of_its_size_is_not_stretched(tmp_path):
+    """What the reduction costs, against a full decode, is no shift: halves, quarters, eighths."""
+    rows = np.sin(np.arange(421) / 30)[:, None]
+    columns = np.sin(np.arange(637) / 25)
+    picture = Image.fromarray((127 + 60 * (rows + columns)).astype(np.uint8))
+    picture.save(tmp_path / "1.jpg", quality=98)
+    for side in (40, 96, 200):
+        seen = load_image(tmp_path / "1.jpg", side)[0].numpy().astype(float)
+        full = picture.resize(seen.shape[::-1], Image.Resampling.BILINEAR)
+        assert np.abs(seen - np.asarray(full)).mean() < 0.8  # 3.1 and 1.1, with the box ignored
+
+
+# -- preprocess ------------------------------------------------------------------------------------
+
+
+def test_preprocess_takes_paths_pictures_arrays_and_tensors_alike(tmp_path):
+    """One picture in any form, alone or in a list, gives the same pixel values."""
+    colours = np.stack([BYTES, 255 - BYTES, BYTES // 2], axis=2)
+    path = save_picture(tmp_path / "1.png", colours)
+    channels_first = np.moveaxis(colours, -1, 0).copy()
+    forms = [path, str(path), Image.open(path), colours, channels_first]
+    forms += [torch.from_numpy(colours), torch.from_numpy(channels_first)]
+    expected = preprocess(Image.open(path), tiny_config())
+    for form in forms:
+        assert_close(preprocess(form, tiny_config()), expected)
+    assert_close(preprocess(forms, tiny_config()), expected.expand(len(forms), -1, -1, -1))
+    batch = np.stack([colours, colours])
+    assert_close(preprocess(batch, tiny_config()), expected.expand(2, -1, -1, -1))
+
+
+def test_preprocess_gives_floats_and_16_bits_their_range():
+    """Floats from 0 to 1 and 16 bits are what the same picture is in bytes, to rounding."""
+    expected = preprocess(BYTES, tiny_config())
+    for values in (RAMP, RAMP.astype(np.float32), (RAMP * 65535).astype(np.uint16)):
+        assert (preprocess(values, tiny_config()) - expected).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 5, 7)), np.zeros(3), np.zeros((0, 4)), 3, None])
+def test_preprocess_refuses_what_is_no_picture_in_words(wrong):
+    """An array of another shape, or something else, is named."""
+    with pytest.raises(ValueError, match="picture"):
+        preprocess([wrong], tiny_config())
+
+
+# -- what a run finds stays with its encoder -------------------------------------------------------
+
+
+def test_a_run_keeps_what_it_found_and_its_encoder_tells_it(tmp_path, capsys):
+    """16-bit pictures: the run's settings, its encoder and predictions all have the range."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 2)):
+        for i in range(count):
+            values = rng.integers(0, 1000 + 3000 * (i % 2), (20, 20), dtype=np.uint16)
+            save_picture(tmp_path / "data" / part / "ab"[i % 2] / f"{i}.png", values)
+    flags = ("--data", tmp_path / "data", "--output-dir", tmp_path / "run", "--max-steps", 1)
+    assert run_here(*TINY, *flags) == 0
+    assert "0 becomes black, 4095 white" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["integer_range"] == [0, 4095]
+    config = ViTMSNConfig.from_pretrained(tmp_path / "run" / "encoder")
+    assert config.extra["picture_rules"] == {"integer_range": [0, 4095]}
+
+    dark = save_picture(tmp_path / "dark.png", np.asarray([[0, 1000], [500, 200]], np.uint16))
+    model = finetune.load_model(finetune.FinetuneConfig(checkpoint=str(tmp_path / "run")))
+    pictures = finetune.open_pictures([str(dark)], model, finetune.FinetuneConfig())
+    assert pictures.read(0).max() == round(1000 / 4095 * 255)
+
+
+@pytest.mark.parametrize(
+    "saved", [3, {"background": "no colour"}, {"integer_range": "x"}, {"float_range": [2, 1]}]
+)
+def test_nonsense_in_a_config_is_refused_in_words(saved):
+    """A config.json whose rules for pictures are none is named."""
+    with pytest.raises(ValueError, match="picture_rules="):
+        preprocess(BYTES, tiny_config(extra={"picture_rules": saved}))
