@@ -43,9 +43,9 @@ from train_msn import (
     TRIES,
     ImageFiles,
     Images,
-    Line,
     Panel,
     Point,
+    Strip,
     Tile,
     TrainConfig,
     UsageError,
@@ -1024,7 +1024,6 @@ def accuracy_panel(cells: list[dict]) -> Panel:
     return Panel(
         title="accuracy in %: mean and standard deviation over draws",
         x_label="labelled images per class, on a logarithmic axis",
-        y_label="",
         curves={method: sorted(points) for method, points in curves.items()},
         log_x=True,
         x_ticks=ticks,
@@ -1378,20 +1377,19 @@ def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) 
     large_pictures = ImageFiles(pictures.paths, ATTENTION_CELL, PICTURE_CACHE, check=False)
     for i, path in enumerate(pictures.paths):
         seen, maps = attention_maps(model, pictures, i)
-        picture = picture_of(large_pictures, i)  # at its own resolution, if that is not coarser
+        picture = picture_of(large_pictures, i)  # with more pixels than the model sees, if it has
         square = resized(picture, Image.Resampling.BILINEAR)
         large_maps = F.interpolate(maps[None], (ATTENTION_CELL, ATTENTION_CELL), mode="bilinear")[0]
 
-        line = Line(
-            [Tile(at_least_as_large(picture)), Tile(resized(seen, Image.Resampling.NEAREST))]
-        )
+        as_seen = resized(seen, Image.Resampling.NEAREST)
+        strip = Strip([Tile(at_least_as_large(picture)), Tile(as_seen)])
         header = ["picture", "as the model sees it"]
         for h, attention_map in enumerate(maps):
             most = 100 * attention_map.max().item()
             caption = f"at most {most:.2g} % on a patch"
-            line.tiles.append(Tile(highlight(square, large_maps[h]), caption))
+            strip.tiles.append(Tile(highlight(square, large_maps[h]), caption))
             header.append(f"head {h + 1}")
-        save_sheet(folder / f"{i:04d}-{path.stem}.png", [line], header, cell=ATTENTION_CELL)
+        save_sheet(folder / f"{i:04d}-{path.stem}.png", [strip], header, cell=ATTENTION_CELL)
     print(f"written: {len(pictures)} sheets in {folder}")
 
 

@@ -17,6 +17,7 @@ import argparse
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -2319,10 +2320,8 @@ def join_process_group(rank: int, count: int, backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
 
 
-# ---- Drawing, with Pillow: it knows nothing of a model -------------------------------------------
-#
-# All sizes are in pixels, large enough for a slide. Pillow's built-in font has Latin letters only.
-
+# ---- Drawing: sheets of pictures, plots, heat maps, and a diagram. Nothing here knows a model ----
+# Colours, and sizes in pixels: large enough for a slide.
 COLORS = ("#1f5fa8", "#c8501e", "#2f8a4a", "#7a4fa0", "#8a6d1f", "#555555", "#c02070")
 RIGHT = "#2f8a4a"  # frames of pictures whose class is the one that was asked for
 WRONG = "#d0312d"
@@ -2330,45 +2329,81 @@ BLACK = "#111111"
 GREY = "#666666"
 FRAME = "#aaaaaa"
 GRID = "#e6e6e6"
-MAP_COLOR = (13, 60, 120)  # of a 1 in a heat map; 0 is white
-
 LETTERS = 22  # height of the font
 SMALL_LETTERS = 18
+LINE_HEIGHT = LETTERS + 6
 GAP = 8  # between pictures
 
 
-def font_of(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+class Box(NamedTuple):
+    """A rectangle of pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+class Canvas:
+    """A white picture to draw on. Places are in pixels from its upper left corner."""
+
+    def __init__(self, width: float, height: float):
+        size = (math.ceil(width), math.ceil(height))
+        self.image = Image.new("RGB", size, "white")
+        self.pen = ImageDraw.Draw(self.image)
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        color: str = BLACK,
+        size: int = LETTERS,
+        anchor: str = "la",
+    ) -> None:
+        """Text in Pillow's built-in font, which knows Latin letters only.
+
+        anchor: where in the text the place is: "l", "m" or "r" (left, middle, right), then "a", "m"
+        or "d" (top, middle, bottom).
+        """
+        font = ImageFont.load_default(size)
+        self.pen.text((x, y), text, color, font, anchor)
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, color: str, width: int = 2) -> None:
+        self.pen.line((x1, y1, x2, y2), color, width)
+
+    def dashes(self, left: float, right: float, y: float, color: str) -> None:
+        """A dashed line from left to right."""
+        for x in range(round(left), round(right), 20):
+            self.line(x, y, min(x + 10, right), y, color, width=3)
+
+    def dot(self, x: float, y: float, color: str) -> None:
+        radius = 5
+        box = (x - radius, y - radius, x + radius, y + radius)
+        self.pen.ellipse(box, color)
+
+    def frame(self, box: Box, color: str, width: int = 2) -> None:
+        self.pen.rectangle(box, outline=color, width=width)
+
+    def bar(self, box: Box, color: str) -> None:
+        self.pen.rectangle(box, color)
+
+    def save(self, path: Path) -> None:
+        write_file(path, lambda file: self.image.save(file, "PNG", optimize=True))
 
 
 def text_width(text: str, size: int) -> int:
-    return math.ceil(font_of(size).getlength(text))
+    """In pixels."""
+    return math.ceil(ImageFont.load_default(size).getlength(text))
 
 
-def write_text(
-    draw: ImageDraw.ImageDraw,
-    place: tuple[float, float],
-    text: str,
-    color: str = BLACK,
-    size: int = LETTERS,
-    anchor: str = "la",
-) -> None:
-    """Text at a place. anchor: where the place is in the text, as Pillow names it: "l", "m" or "r"
-    (left, middle, right), then "a", "m" or "d" (top, middle, bottom)."""
-    draw.text(place, text, fill=color, font=font_of(size), anchor=anchor)
+def fitting_size(text: str, width: float, size: int) -> int:
+    """The size of letters, at most `size`, at which a text is no wider than `width`; at least 8."""
+    share = width / max(1, text_width(text, size))
+    return max(8, min(size, math.floor(size * share)))
 
 
-def new_sheet(width: float, height: float) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """A white picture, and the pen that draws on it."""
-    sheet = Image.new("RGB", (math.ceil(width), math.ceil(height)), "white")
-    return sheet, ImageDraw.Draw(sheet)
-
-
-def save_png(path: Path, sheet: Image.Image) -> None:
-    write_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
-
-
-# ---- Drawing: sheets of pictures -----------------------------------------------------------------
+# ---- Sheets of pictures
 class Tile(NamedTuple):
     """A picture on a sheet."""
 
@@ -2378,7 +2413,7 @@ class Tile(NamedTuple):
 
 
 @dataclass
-class Line:
+class Strip:
     """A line of a sheet: a few words on its left, and its pictures."""
 
     tiles: list[Tile]
@@ -2386,84 +2421,80 @@ class Line:
 
 
 def save_sheet(
-    path: Path, lines: list[Line], header: list[str], cell: int = 128, note: str = ""
+    path: Path, strips: list[Strip], header: list[str], cell: int = 128, note: str = ""
 ) -> None:
-    """A table of pictures, its columns named. Pictures of one line are to one scale, so that a
-    focal view is seen to be smaller. cell: pixels, of the largest picture in each line; note: a
+    """A table of pictures, its columns named. Pictures of one strip are to one scale, so that a
+    focal view is seen to be smaller. cell: pixels, of the largest picture in each strip; note: a
     sentence below the table."""
-    titles = [text for line in lines for text in line.title]
-    left = max((text_width(text, SMALL_LETTERS) + 2 * GAP for text in titles), default=GAP)
+    left = GAP
+    captions = 0
+    for strip in strips:
+        for text in strip.title:
+            left = max(left, text_width(text, SMALL_LETTERS) + 2 * GAP)
+        if any(tile.caption for tile in strip.tiles):
+            captions = SMALL_LETTERS + GAP
     top = LETTERS + 2 * GAP
-    has_captions = any(tile.caption for line in lines for tile in line.tiles)
-    line_height = cell + GAP + (SMALL_LETTERS + GAP if has_captions else 0)
-    bottom = top + len(lines) * line_height
+    pitch = cell + GAP + captions
+    bottom = top + len(strips) * pitch
 
-    columns = column_places(lines, header, cell, left)
-    note_width = text_width(note, SMALL_LETTERS) + 2 * GAP
-    note_height = LETTERS + GAP if note else 0
-    sheet, draw = new_sheet(max(columns[-1], note_width), bottom + note_height)
+    columns = column_places(strips, header, cell, left)
+    width = max(columns[-1], text_width(note, SMALL_LETTERS) + 2 * GAP)
+    canvas = Canvas(width, bottom + LINE_HEIGHT if note else bottom)
     for x, title in zip(columns, header, strict=False):  # the last place is where the sheet ends
-        write_text(draw, (x, GAP), title)
-    for row, line in enumerate(lines):
-        y = top + row * line_height
-        for number, text in enumerate(line.title):
-            write_text(draw, (GAP, y + number * (SMALL_LETTERS + 6)), text, size=SMALL_LETTERS)
-        for x, tile in zip(columns, line.tiles, strict=False):
-            draw_tile(sheet, draw, (x, y), tile, line, cell)
-    write_text(draw, (GAP, bottom), note, GREY, SMALL_LETTERS)
-    save_png(path, sheet)
+        canvas.text(x, GAP, title)
+
+    for row, strip in enumerate(strips):
+        y = top + row * pitch
+        for number, text in enumerate(strip.title):
+            canvas.text(GAP, y + number * LINE_HEIGHT, text, size=SMALL_LETTERS)
+        for x, tile in zip(columns, strip.tiles, strict=False):
+            draw_tile(canvas, x, y, tile, strip, cell)
+    canvas.text(GAP, bottom, note, GREY, SMALL_LETTERS)
+    canvas.save(path)
 
 
-def drawn_size(tile: Tile, line: Line, cell: int) -> tuple[int, int]:
+def drawn_size(tile: Tile, strip: Strip, cell: int) -> tuple[int, int]:
     """Width and height of a tile on the sheet."""
-    largest = max(max(other.picture.shape[:2]) for other in line.tiles)
+    largest = max(max(other.picture.shape[:2]) for other in strip.tiles)
     height, width = tile.picture.shape[:2]
     return max(1, width * cell // largest), max(1, height * cell // largest)
 
 
-def column_places(lines: list[Line], header: list[str], cell: int, left: int) -> list[int]:
+def column_places(strips: list[Strip], header: list[str], cell: int, left: int) -> list[int]:
     """Where each column begins, and where the last one ends. A column is as wide as its widest
     picture, or its title."""
     places = [left]
     for column, title in enumerate(header):
-        width = text_width(title, LETTERS)
-        for line in lines:
-            if column < len(line.tiles):
-                width = max(width, drawn_size(line.tiles[column], line, cell)[0])
-        places.append(places[-1] + width + GAP)
+        column_width = text_width(title, LETTERS)
+        for strip in strips:
+            if column < len(strip.tiles):
+                width, _ = drawn_size(strip.tiles[column], strip, cell)
+                column_width = max(column_width, width)
+        places.append(places[-1] + column_width + GAP)
     return places
 
 
-def draw_tile(
-    sheet: Image.Image,
-    draw: ImageDraw.ImageDraw,
-    corner: tuple[int, int],
-    tile: Tile,
-    line: Line,
-    cell: int,
-) -> None:
+def draw_tile(canvas: Canvas, x: int, y: int, tile: Tile, strip: Strip, cell: int) -> None:
     """A picture, its frame, and its caption below the cell."""
-    x, y = corner
     image = Image.fromarray(tile.picture)
-    width, height = drawn_size(tile, line, cell)
+    width, height = drawn_size(tile, strip, cell)
     # Enlarged pixels stay squares: what a network sees should look as coarse as it is.
-    how = Image.Resampling.NEAREST if width > image.width else Image.Resampling.LANCZOS
-    sheet.paste(image.resize((width, height), how), corner)
+    is_enlarged = width > image.width
+    how = Image.Resampling.NEAREST if is_enlarged else Image.Resampling.LANCZOS
+    canvas.image.paste(image.resize((width, height), how), (x, y))
 
     if tile.color:
-        draw.rectangle((x, y, x + width - 1, y + height - 1), outline=tile.color, width=5)
+        box = Box(x, y, x + width - 1, y + height - 1)
+        canvas.frame(box, tile.color, width=5)
     if tile.caption:
         size = fitting_size(tile.caption, width, SMALL_LETTERS)
-        write_text(draw, (x, y + cell + 3), tile.caption, tile.color or BLACK, size)
+        canvas.text(x, y + cell + 3, tile.caption, tile.color or BLACK, size)
 
 
-def fitting_size(text: str, width: int, size: int) -> int:
-    """The size of letters, at most `size`, at which a text is no wider than `width`; at least 8."""
-    return max(8, min(size, math.floor(size * width / max(1, text_width(text, size)))))
-
-
-# ---- Drawing: line plots -------------------------------------------------------------------------
+# ---- Line plots
 class Point(NamedTuple):
+    """Of a curve."""
+
     x: float
     y: float
     error: float = 0.0  # half the length of its error bar
@@ -2475,74 +2506,105 @@ class Panel:
 
     title: str
     x_label: str
-    y_label: str
     curves: dict[str, list[Point]]  # by name
     levels: dict[str, float] = field(default_factory=dict)  # heights of dashed lines, by name
     log_x: bool = False
-    x_ticks: dict[float, str] | None = (
-        None  # where the axis has numbers and which; None: round ones
-    )
-    y_range: tuple[float, float] | None = None  # None: from the lowest to the highest
-
-
-class Box(NamedTuple):
-    """Where the curves of a panel go, in pixels."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
+    x_ticks: dict[float, str] | None = None  # where the axis has which text; None: round numbers
+    y_range: tuple[float, float] | None = None  # None: all that there is
 
 
 class Range(NamedTuple):
+    """What an axis shows."""
+
     low: float
     high: float
 
 
 PANEL_WIDTH = 720
 PANEL_HEIGHT = 400  # without the names of the curves
-NAME_HEIGHT = LETTERS + 6
 
 
-def save_plot(path: Path, panels: list[Panel], columns: int = 2) -> None:
-    """Line plots, `columns` of them side by side, the names of the curves below each."""
-    columns = min(columns, len(panels))
+def save_plot(path: Path, panels: list[Panel]) -> None:
+    """Line plots, two of them side by side, the names of the curves below each."""
+    columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     most_names = max(len(panel.curves) + len(panel.levels) for panel in panels)
-    height = PANEL_HEIGHT + most_names * NAME_HEIGHT + GAP
-    sheet, draw = new_sheet(columns * PANEL_WIDTH, rows * height)
+    pitch = PANEL_HEIGHT + most_names * LINE_HEIGHT + GAP
+    canvas = Canvas(columns * PANEL_WIDTH, rows * pitch)
+
     for number, panel in enumerate(panels):
-        x = number % columns * PANEL_WIDTH
-        y = number // columns * height
+        row, column = divmod(number, columns)
+        x = column * PANEL_WIDTH
+        y = row * pitch
         box = Box(x + 90, y + 50, x + PANEL_WIDTH - 60, y + PANEL_HEIGHT - 70)
-        draw_panel(draw, box, panel)
-        draw_names(draw, box, panel)
-    save_png(path, sheet)
+        draw_panel(canvas, box, panel)
+        draw_names(canvas, box, panel)
+    canvas.save(path)
 
 
-def draw_panel(draw: ImageDraw.ImageDraw, box: Box, panel: Panel) -> None:
+def draw_panel(canvas: Canvas, box: Box, panel: Panel) -> None:
     """Axes with their names and numbers, then levels, then curves with their error bars."""
     x_range, y_range = ranges_of(panel)
-    write_text(draw, (box.left, box.top - 14), panel.title, anchor="ld")
-    write_text(draw, (box.right, box.bottom + 36), panel.x_label, GREY, SMALL_LETTERS, "ra")
-    write_text(draw, (box.right, box.top - 14), panel.y_label, GREY, SMALL_LETTERS, "rd")
+    canvas.text(box.left, box.top - 14, panel.title, anchor="ld")
+    canvas.text(box.right, box.bottom + 36, panel.x_label, GREY, SMALL_LETTERS, "ra")
 
-    for y, text in round_ticks(y_range).items():
-        at_y = place_of(y, y_range, box.bottom, box.top)
-        draw.line((box.left, at_y, box.right, at_y), fill=GRID, width=1)
-        write_text(draw, (box.left - 8, at_y), text, GREY, SMALL_LETTERS, "rm")
-    x_ticks = round_ticks(x_range) if panel.x_ticks is None else panel.x_ticks
+    draw_y_axis(canvas, box, y_range)
+    x_ticks = panel.x_ticks
+    if x_ticks is None:
+        x_ticks = round_ticks(x_range)
     for x, text in x_ticks.items():
         at_x = place_of(x, x_range, box.left, box.right, panel.log_x)
-        draw.line((at_x, box.bottom, at_x, box.bottom + 6), fill=FRAME, width=2)
-        write_text(draw, (at_x, box.bottom + 10), text, GREY, SMALL_LETTERS, "ma")
-    draw.rectangle(box, outline=FRAME, width=2)
+        canvas.line(at_x, box.bottom, at_x, box.bottom + 6, FRAME)
+        canvas.text(at_x, box.bottom + 10, text, GREY, SMALL_LETTERS, "ma")
+    canvas.frame(box, FRAME)
 
-    for number, level in enumerate(panel.levels.values(), len(panel.curves)):
+    number_of_levels = len(panel.curves)  # their colours come after those of the curves
+    for number, level in enumerate(panel.levels.values(), number_of_levels):
         at_y = place_of(level, y_range, box.bottom, box.top)
-        draw_dashes(draw, box.left, box.right, at_y, color_of(number))
+        canvas.dashes(box.left, box.right, at_y, color_of(number))
     for number, curve in enumerate(panel.curves.values()):
-        draw_curve(draw, box, x_range, y_range, curve, color_of(number), panel.log_x)
+        dots = []
+        for point in curve:
+            at_x = place_of(point.x, x_range, box.left, box.right, panel.log_x)
+            at_y = place_of(point.y, y_range, box.bottom, box.top)
+            at_top = place_of(point.y + point.error, y_range, box.bottom, box.top)
+            dots.append(Point(at_x, at_y, at_y - at_top))
+        draw_curve(canvas, dots, color_of(number))
+
+
+def draw_y_axis(canvas: Canvas, box: Box, y_range: Range) -> None:
+    """Round numbers on the left, each with a pale line through the box."""
+    for y, text in round_ticks(y_range).items():
+        at_y = place_of(y, y_range, box.bottom, box.top)
+        canvas.line(box.left, at_y, box.right, at_y, GRID, width=1)
+        canvas.text(box.left - 8, at_y, text, GREY, SMALL_LETTERS, "rm")
+
+
+def draw_curve(canvas: Canvas, dots: list[Point], color: str) -> None:
+    """A line from dot to dot, dots if they are few, and error bars. dots: in pixels."""
+    for start, end in itertools.pairwise(dots):
+        canvas.line(start.x, start.y, end.x, end.y, color, width=3)
+    for x, y, error in dots:
+        if len(dots) <= 20:
+            canvas.dot(x, y, color)
+        if error:
+            canvas.line(x, y - error, x, y + error, color)
+            canvas.line(x - 6, y - error, x + 6, y - error, color)
+            canvas.line(x - 6, y + error, x + 6, y + error, color)
+
+
+def draw_names(canvas: Canvas, box: Box, panel: Panel) -> None:
+    """The names of curves and levels, each beside a piece of its line."""
+    y = box.bottom + 74
+    names = [*panel.curves, *panel.levels]
+    for number, name in enumerate(names):
+        color = color_of(number)
+        if name in panel.curves:
+            canvas.line(box.left, y, box.left + 40, y, color, width=3)
+        else:
+            canvas.dashes(box.left, box.left + 50, y, color)
+        canvas.text(box.left + 52, y, name, color, SMALL_LETTERS, "lm")
+        y += LINE_HEIGHT
 
 
 def color_of(number: int) -> str:
@@ -2552,15 +2614,19 @@ def color_of(number: int) -> str:
 
 def ranges_of(panel: Panel) -> tuple[Range, Range]:
     """What the two axes of a panel show: all points and levels, with some room above and below."""
-    x = [point.x for curve in panel.curves.values() for point in curve]
-    x_range = not_empty(min(x, default=0.0) if panel.log_x else 0.0, max(x, default=1.0))
-    if panel.y_range:
-        return x_range, Range(*panel.y_range)
-
+    x = []
     y = list(panel.levels.values())
     for curve in panel.curves.values():
         for point in curve:
-            y += [point.y - point.error, point.y + point.error]
+            x.append(point.x)
+            y.append(point.y - point.error)
+            y.append(point.y + point.error)
+
+    x_low = min(x, default=0.0) if panel.log_x else 0.0
+    x_range = not_empty(x_low, max(x, default=1.0))
+    if panel.y_range:
+        return x_range, Range(*panel.y_range)
+
     y_range = not_empty(min(y, default=0.0), max(y, default=1.0))
     room = (y_range.high - y_range.low) * 0.06
     low = y_range.low - room
@@ -2570,73 +2636,38 @@ def ranges_of(panel: Panel) -> tuple[Range, Range]:
 
 
 def not_empty(low: float, high: float) -> Range:
+    """A range that has a length, even around a single value."""
     return Range(low, high if high > low else low + 1)
 
 
 def place_of(value: float, of: Range, start: float, end: float, log: bool = False) -> float:
     """Where a value is between two places, in pixels."""
+    low, high = of
     if log:
         value = math.log(value)
-        of = Range(math.log(of.low), math.log(of.high))
-    return start + (end - start) * (value - of.low) / (of.high - of.low)
+        low = math.log(low)
+        high = math.log(high)
+    return start + (end - start) * (value - low) / (high - low)
 
 
 def round_ticks(of: Range) -> dict[float, str]:
-    """Four to nine round numbers in a range, with their texts."""
-    rough = (of.high - of.low) / 4
-    power = 10 ** math.floor(math.log10(rough))
-    step = max(size * power for size in (1, 2, 5) if size * power <= rough)
+    """Some round numbers in a range, 4 to 11 of them, with their texts."""
+    rough_step = (of.high - of.low) / 4
+    power = 10 ** math.floor(math.log10(rough_step))
+    step = power
+    for factor in (2, 5):
+        if factor * power <= rough_step:
+            step = factor * power
+
     first = math.ceil(of.low / step - 1e-9)
     last = math.floor(of.high / step + 1e-9)
-    return {number * step: f"{number * step:.6g}" for number in range(first, last + 1)}
+    ticks = {}
+    for number in range(first, last + 1):
+        ticks[number * step] = f"{number * step:.6g}"
+    return ticks
 
 
-def draw_dashes(draw: ImageDraw.ImageDraw, left: float, right: float, y: float, color: str) -> None:
-    for x in range(round(left), round(right) - 10, 20):
-        draw.line((x, y, x + 10, y), fill=color, width=3)
-
-
-def draw_curve(
-    draw: ImageDraw.ImageDraw,
-    box: Box,
-    x_range: Range,
-    y_range: Range,
-    curve: list[Point],
-    color: str,
-    log_x: bool,
-) -> None:
-    """A line from point to point, a dot at each if they are few, and error bars."""
-    dots = []
-    for point in curve:
-        x = place_of(point.x, x_range, box.left, box.right, log_x)
-        y = place_of(point.y, y_range, box.bottom, box.top)
-        dots.append((x, y))
-        if point.error:
-            low = place_of(point.y - point.error, y_range, box.bottom, box.top)
-            high = place_of(point.y + point.error, y_range, box.bottom, box.top)
-            draw.line((x, low, x, high), fill=color, width=2)
-            draw.line((x - 6, low, x + 6, low), fill=color, width=2)
-            draw.line((x - 6, high, x + 6, high), fill=color, width=2)
-    draw.line(dots, fill=color, width=3, joint="curve")
-    if len(dots) <= 20:
-        for x, y in dots:
-            draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=color)
-
-
-def draw_names(draw: ImageDraw.ImageDraw, box: Box, panel: Panel) -> None:
-    """The names of curves and levels, each beside a piece of its line."""
-    y = box.bottom + 74
-    for number, name in enumerate([*panel.curves, *panel.levels]):
-        color = color_of(number)
-        if name in panel.curves:
-            draw.line((box.left, y, box.left + 40, y), fill=color, width=3)
-        else:
-            draw_dashes(draw, box.left, box.left + 50, y, color)
-        write_text(draw, (box.left + 52, y), name, color, SMALL_LETTERS, "lm")
-        y += NAME_HEIGHT
-
-
-# ---- Drawing: heat maps --------------------------------------------------------------------------
+# ---- Heat maps
 @dataclass
 class HeatMap:
     """A matrix of numbers from 0 to 1, with the sums of its columns as bars below it."""
@@ -2647,62 +2678,61 @@ class HeatMap:
 
 
 MAP_SIDE = 448
-BARS = 110  # height of the bars below a map
+MAP_COLOR = (13, 60, 120)  # of a 1; 0 is white
+BARS_HEIGHT = 110
 
 
-def save_heat_maps(path: Path, maps: list[HeatMap], row_name: str, column_name: str) -> None:
+def save_heat_maps(path: Path, maps: list[HeatMap], column_name: str, row_name: str) -> None:
     """Heat maps side by side, all to one scale: 0 is white, 1 is dark. Bars to one scale, too."""
-    highest = max(heat_map.values.sum(axis=0).max() for heat_map in maps)
-    most_notes = max(len(heat_map.notes) for heat_map in maps)
-    left = 50
+    left = 20
+    top = LETTERS + 6 * GAP
     pitch = MAP_SIDE + 60
-    top = LETTERS + 4 * GAP
-    notes_top = top + MAP_SIDE + BARS + 56
-    height = notes_top + most_notes * NAME_HEIGHT + GAP
-    sheet, draw = new_sheet(left + len(maps) * pitch, height)
-    write_upright(sheet, (GAP, top + MAP_SIDE // 2), row_name)
+    bars_top = top + MAP_SIDE + 36
+    notes_top = bars_top + BARS_HEIGHT + 20
+    most_notes = max(len(heat_map.notes) for heat_map in maps)
+    canvas = Canvas(left + len(maps) * pitch, notes_top + most_notes * LINE_HEIGHT + GAP)
 
+    highest = max(heat_map.values.sum(axis=0).max() for heat_map in maps)
     for number, heat_map in enumerate(maps):
         x = left + number * pitch
-        write_text(draw, (x, 2 * GAP), heat_map.title)
-        sheet.paste(colored(heat_map.values).resize((MAP_SIDE, MAP_SIDE), 0), (x, top))
-        draw.rectangle((x, top, x + MAP_SIDE - 1, top + MAP_SIDE - 1), outline=FRAME)
-        write_text(draw, (x, top + MAP_SIDE + 4), column_name, GREY, SMALL_LETTERS)
-        bars = Box(x, top + MAP_SIDE + 36, x + MAP_SIDE, top + MAP_SIDE + 36 + BARS)
-        draw_bars(draw, bars, heat_map.values.sum(axis=0), highest)
+        canvas.text(x, GAP, heat_map.title)
+        canvas.text(x, top - 4, row_name, GREY, SMALL_LETTERS, "ld")
+        draw_map(canvas, x, top, heat_map.values)
+        canvas.text(x, top + MAP_SIDE + 4, column_name, GREY, SMALL_LETTERS)
+        bars = Box(x, bars_top, x + MAP_SIDE, bars_top + BARS_HEIGHT)
+        draw_bars(canvas, bars, heat_map.values.sum(axis=0), highest)
         for line, note in enumerate(heat_map.notes):
-            write_text(draw, (x, notes_top + line * NAME_HEIGHT), note, GREY, SMALL_LETTERS)
-    save_png(path, sheet)
+            canvas.text(x, notes_top + line * LINE_HEIGHT, note, GREY, SMALL_LETTERS)
+    canvas.save(path)
 
 
-def colored(values: np.ndarray) -> Image.Image:
-    """Numbers from 0 to 1 as colours from white to MAP_COLOR."""
-    white = np.array([255.0, 255.0, 255.0])
-    pixels = white + np.clip(values, 0, 1)[..., None] * (np.array(MAP_COLOR) - white)
-    return Image.fromarray(pixels.round().astype(np.uint8))
+def draw_map(canvas: Canvas, x: int, y: int, values: np.ndarray) -> None:
+    """A square of MAP_SIDE pixels: a rectangle for each number."""
+    size = (MAP_SIDE, MAP_SIDE)
+    image = Image.fromarray(map_colors(values))
+    canvas.image.paste(image.resize(size, Image.Resampling.NEAREST), (x, y))
+    canvas.frame(Box(x, y, x + MAP_SIDE - 1, y + MAP_SIDE - 1), FRAME, width=1)
 
 
-def draw_bars(draw: ImageDraw.ImageDraw, box: Box, heights: np.ndarray, highest: float) -> None:
-    """A bar for each number, on a line at 0, and a dashed line at their mean."""
-    width = (box.right - box.left) / len(heights)
-    for number, height in enumerate(heights):
-        left = box.left + number * width
-        top = place_of(height, Range(0, highest), box.bottom, box.top)
-        draw.rectangle((left, top, left + max(1, width - 1), box.bottom), fill=MAP_COLOR)
-    mean = place_of(float(np.mean(heights)), Range(0, highest), box.bottom, box.top)
-    draw_dashes(draw, box.left, box.right, mean, COLORS[1])
+def map_colors(values: np.ndarray) -> np.ndarray:
+    """Numbers from 0 to 1 as colours from white to MAP_COLOR. rows columns -> rows columns 3."""
+    white = np.full(3, 255.0)
+    share = np.clip(values, 0, 1)[..., None]
+    return (white + share * (MAP_COLOR - white)).round().astype(np.uint8)
 
 
-def write_upright(sheet: Image.Image, middle: tuple[int, int], text: str) -> None:
-    """Text that runs from bottom to top; middle: of its left edge."""
-    size = (text_width(text, SMALL_LETTERS), SMALL_LETTERS + 6)
-    flat, draw = new_sheet(*size)
-    write_text(draw, (0, 0), text, GREY, SMALL_LETTERS)
-    x, y = middle
-    sheet.paste(flat.rotate(90, expand=True), (x, y - size[0] // 2))
+def draw_bars(canvas: Canvas, box: Box, heights: np.ndarray, highest: float) -> None:
+    """A bar for each number, and a dashed line at their mean."""
+    scale = Range(0, highest)
+    edges = np.linspace(box.left, box.right, len(heights) + 1)
+    for left, right, height in zip(edges[:-1], edges[1:], heights, strict=True):
+        top = place_of(height, scale, box.bottom, box.top)
+        canvas.bar(Box(left, top, max(left, right - 1), box.bottom), COLORS[0])
+    mean = place_of(heights.mean(), scale, box.bottom, box.top)
+    canvas.dashes(box.left, box.right, mean, COLORS[1])
 
 
-# ---- Drawing: where the gradient flows -----------------------------------------------------------
+# ---- The flow of the gradient
 class Node(NamedTuple):
     """A box of the diagram."""
 
@@ -2740,7 +2770,7 @@ FORWARD = (
     ("prototypes", "p+"),
     ("p+", "cross-entropy"),
 )
-BACKWARD = (  # from, to, color of the term whose gradient it is
+BACKWARD = (  # from, to, colour of the term whose gradient it is
     ("me-max", "p", ME_MAX_COLOR),
     ("cross-entropy", "p", CROSS_ENTROPY_COLOR),
     ("p", "prototypes", BOTH_COLOR),
@@ -2753,43 +2783,56 @@ Norms = dict[str, dict[str, float]]  # term of the loss -> part of the model -> 
 
 def save_gradient_flow(path: Path, norms: Norms) -> None:
     """The way of the gradient as a diagram, and how large it is in each part of the model."""
-    sheet, draw = new_sheet(1360, 940)
-    write_text(draw, (30, 20), "Where the gradient flows: forward in grey, backward in colour")
+    canvas = Canvas(1360, 940)
+    canvas.text(30, 20, "Where the gradient flows: forward in grey, backward in colour")
     for start, end in FORWARD:
-        draw_arrow(draw, NODES[start], NODES[end], GREY)
+        draw_arrow(canvas, NODES[start], NODES[end], GREY)
     for start, end, color in BACKWARD:
-        draw_arrow(draw, NODES[start], NODES[end], color)
-    draw_stop(draw, NODES[STOPPED[0]], NODES[STOPPED[1]])
+        draw_arrow(canvas, NODES[start], NODES[end], color)
+    canvas.text(675, 95, "of both", BOTH_COLOR, SMALL_LETTERS, "mm")
+    draw_stop(canvas, *STOPPED)
 
     # The moving average is no way for the gradient: weights are copied down, and nothing goes up.
-    draw_arrow(draw, NODES["anchor encoder"], NODES["target encoder"], GREY, dashed=True)
-    write_text(draw, (675, 95), "of both", BOTH_COLOR, SMALL_LETTERS, "mm")
-    write_text(draw, (530, 290), "moving average", GREY, SMALL_LETTERS, "lm")
-    write_text(draw, (530, 314), "of the weights", GREY, SMALL_LETTERS, "lm")
+    draw_arrow(canvas, NODES["anchor encoder"], NODES["target encoder"], GREY, dashed=True)
+    canvas.text(530, 290, "moving average", GREY, SMALL_LETTERS, "lm")
+    canvas.text(530, 314, "of the weights", GREY, SMALL_LETTERS, "lm")
     for node in NODES.values():
-        draw_node(draw, node)
-    draw_norms(draw, Box(100, 620, 1320, 830), norms)
-    save_png(path, sheet)
+        draw_node(canvas, node)
+    draw_norms(canvas, Box(100, 620, 1320, 830), norms)
+    canvas.save(path)
 
 
-def draw_node(draw: ImageDraw.ImageDraw, node: Node) -> None:
+def draw_node(canvas: Canvas, node: Node) -> None:
     """A box with two lines of text."""
     left = node.x - NODE_WIDTH // 2
     top = node.y - NODE_HEIGHT // 2
-    box = (left, top, left + NODE_WIDTH, top + NODE_HEIGHT)
-    draw.rounded_rectangle(box, radius=10, fill="white", outline=node.color, width=3)
-    write_text(draw, (node.x, node.y - 14), node.text, node.color, anchor="mm")
-    write_text(draw, (node.x, node.y + 18), node.more, GREY, SMALL_LETTERS, "mm")
+    box = Box(left, top, left + NODE_WIDTH, top + NODE_HEIGHT)
+    canvas.bar(box, "white")
+    canvas.frame(box, node.color, width=3)
+    canvas.text(node.x, node.y - 14, node.text, node.color, anchor="mm")
+    canvas.text(node.x, node.y + 18, node.more, GREY, SMALL_LETTERS, "mm")
 
 
-def ends_of(start: Node, end: Node) -> tuple[np.ndarray, np.ndarray]:
-    """Where an arrow between two boxes begins and ends: on their edges, a little to its right, so
-    that an arrow of the other direction has its place beside it."""
-    a = np.array([start.x, start.y], float)
-    b = np.array([end.x, end.y], float)
+class Arrow(NamedTuple):
+    """An arrow: places and directions are vectors (x, y)."""
+
+    start: np.ndarray
+    end: np.ndarray
+    along: np.ndarray  # of length 1
+    aside: np.ndarray  # of length 1, to its right
+
+
+def arrow_between(first: Node, last: Node) -> Arrow:
+    """From the edge of a box to the edge of another, a little to the right of the middle, so that
+    an arrow of the other direction has its place beside it."""
+    a = np.array([first.x, first.y], float)
+    b = np.array([last.x, last.y], float)
     along = (b - a) / np.linalg.norm(b - a)
-    aside = np.array([-along[1], along[0]]) * 10
-    return a + aside + way_out(along, aside) * along, b + aside - way_out(-along, aside) * along
+    aside = np.array([-along[1], along[0]])
+    shift = 10 * aside
+    start = a + shift + way_out(along, shift) * along
+    end = b + shift - way_out(-along, shift) * along
+    return Arrow(start, end, along, aside)
 
 
 def way_out(along: np.ndarray, inside: np.ndarray) -> float:
@@ -2799,60 +2842,59 @@ def way_out(along: np.ndarray, inside: np.ndarray) -> float:
     return float(np.min(to_edge / np.maximum(np.abs(along), 1e-9)))
 
 
-def draw_arrow(
-    draw: ImageDraw.ImageDraw, start: Node, end: Node, color: str, dashed: bool = False
-) -> None:
-    """An arrow from the edge of a box to the edge of another."""
-    a, b = ends_of(start, end)
-    length = np.linalg.norm(b - a)
-    along = (b - a) / length
-    aside = np.array([-along[1], along[0]])
-    neck = b - 16 * along
-    step = 20 if dashed else length
-    for at in np.arange(0, length - 16, step):
-        piece_end = min(at + 10, length - 16) if dashed else length - 16
-        draw.line([*(a + at * along), *(a + piece_end * along)], fill=color, width=4)
-    draw.polygon([*b, *(neck + 8 * aside), *(neck - 8 * aside)], fill=color)
+def draw_arrow(canvas: Canvas, first: Node, last: Node, color: str, dashed: bool = False) -> None:
+    """An arrow from box to box."""
+    arrow = arrow_between(first, last)
+    neck = arrow.end - 16 * arrow.along
+    length = np.linalg.norm(neck - arrow.start)
+    dash = 10 if dashed else length
+    for at in np.arange(0, length, 2 * dash):
+        a = arrow.start + at * arrow.along
+        b = arrow.start + min(at + dash, length) * arrow.along
+        canvas.line(*a, *b, color, width=4)
+
+    left = neck - 8 * arrow.aside
+    right = neck + 8 * arrow.aside
+    canvas.pen.polygon([*arrow.end, *left, *right], color)
 
 
-def draw_stop(draw: ImageDraw.ImageDraw, start: Node, end: Node) -> None:
+def draw_stop(canvas: Canvas, first: str, last: str) -> None:
     """A bar across the arrow between two boxes: no gradient comes back along it."""
-    a, b = ends_of(start, end)
-    middle = (a + b) / 2
-    along = (b - a) / np.linalg.norm(b - a)
-    aside = np.array([-along[1], along[0]])
-    draw.line([*(middle - 24 * aside), *(middle + 24 * aside)], fill=WRONG, width=8)
-    write_text(
-        draw, (middle[0] + 34, middle[1] + 26), "no gradient (stopped)", WRONG, SMALL_LETTERS
-    )
+    arrow = arrow_between(NODES[first], NODES[last])
+    middle = (arrow.start + arrow.end) / 2
+    left = middle - 24 * arrow.aside
+    right = middle + 24 * arrow.aside
+    canvas.line(*left, *right, WRONG, width=8)
+    x, y = middle
+    canvas.text(x + 34, y + 26, "no gradient (stopped)", WRONG, SMALL_LETTERS)
 
 
-def draw_norms(draw: ImageDraw.ImageDraw, box: Box, norms: Norms) -> None:
+def draw_norms(canvas: Canvas, box: Box, norms: Norms) -> None:
     """Bars: a group for each part of the model, a bar for each term of the loss."""
-    colors = dict(zip(norms, (CROSS_ENTROPY_COLOR, ME_MAX_COLOR), strict=True))
-    parts = list(next(iter(norms.values())))
-    y_range = Range(0, 1.1 * max(max(by_part.values()) for by_part in norms.values()) or 1.0)
-    write_text(draw, (box.left, box.top - 12), "norm of the gradient of one batch", anchor="ld")
-    for y, text in round_ticks(y_range).items():
-        at_y = place_of(y, y_range, box.bottom, box.top)
-        draw.line((box.left, at_y, box.right, at_y), fill=GRID)
-        write_text(draw, (box.left - 8, at_y), text, GREY, SMALL_LETTERS, "rm")
+    terms = list(norms)
+    parts = list(norms[terms[0]])
+    highest = max(max(by_part.values()) for by_part in norms.values())
+    y_range = Range(0, 1.1 * highest or 1.0)
+    canvas.text(box.left, box.top - 12, "norm of the gradient of one batch", anchor="ld")
+    draw_y_axis(canvas, box, y_range)
 
+    colors = (CROSS_ENTROPY_COLOR, ME_MAX_COLOR)
     pitch = (box.right - box.left) / len(parts)
-    width = pitch * 0.7 / len(norms)
+    width = 0.35 * pitch
     for group, part in enumerate(parts):
         left = box.left + (group + 0.15) * pitch
-        for number, (term, by_part) in enumerate(norms.items()):
-            x = left + number * width
-            top = place_of(by_part[part], y_range, box.bottom, box.top)
-            draw.rectangle((x, top, x + width - 4, box.bottom), fill=colors[term])
-            label = f"{by_part[part]:.2g}"
-            size = fitting_size(label, round(width), SMALL_LETTERS)
-            write_text(draw, (x + width / 2 - 2, top - 4), label, colors[term], size, "md")
-        size = fitting_size(part, round(pitch - 8), SMALL_LETTERS)
-        write_text(draw, (left + pitch * 0.35, box.bottom + 10), part, BLACK, size, "ma")
-    for number, (term, color) in enumerate(colors.items()):
-        write_text(draw, (box.left + 300 * number, box.bottom + 56), f"of {term}", color)
+        for term, color in zip(terms, colors, strict=True):
+            norm = norms[term][part]
+            top = place_of(norm, y_range, box.bottom, box.top)
+            canvas.bar(Box(left, top, left + width - 4, box.bottom), color)
+            text = f"{norm:.2g}"
+            size = fitting_size(text, width, SMALL_LETTERS)
+            canvas.text(left + width / 2, top - 4, text, color, size, "md")
+            left += width
+        size = fitting_size(part, pitch - 8, SMALL_LETTERS)
+        canvas.text(box.left + (group + 0.5) * pitch, box.bottom + 10, part, BLACK, size, "ma")
+    for number, (term, color) in enumerate(zip(terms, colors, strict=True)):
+        canvas.text(box.left + 300 * number, box.bottom + 56, f"of {term}", color)
 
 
 # ---- Pictures: what they show, of a run and of its data ------------------------------------------
@@ -2913,15 +2955,15 @@ def save_views(path: Path, views: Views, config: TrainConfig) -> None:
     for keep in views.patches_to_keep:
         header.append("focal view" if keep is None else "random view")
 
-    lines = []
+    strips = []
     for b in range(min(4, len(views.target_view))):
-        line = Line([Tile(to_picture(views.target_view[b]))])
+        strip = Strip([Tile(to_picture(views.target_view[b]))])
         for view, keep in zip(views.anchor_views, views.patches_to_keep, strict=True):
             kept = None if keep is None else keep[b]
-            line.tiles.append(Tile(to_picture(view[b], kept, config.patch_size)))
-        lines.append(line)
+            strip.tiles.append(Tile(to_picture(view[b], kept, config.patch_size)))
+        strips.append(strip)
     note = "orange: patches that were dropped; the encoder does not see them"
-    save_sheet(path, lines, header, cell=240, note=note)
+    save_sheet(path, strips, header, cell=240, note=note)
 
 
 @torch.no_grad()
@@ -2937,17 +2979,17 @@ def save_neighbours(
     there are no others) or, given prototypes (k e), those nearest to a few of them."""
     note = ""
     if prototypes is not None:
-        header, lines = neighbours_of_prototypes(encoder, data, size, device, prototypes)
+        header, strips = neighbours_of_prototypes(encoder, data, size, device, prototypes)
     else:
-        header, lines = neighbours_of_images(encoder, data, size, device)
+        header, strips = neighbours_of_images(encoder, data, size, device)
         if data.train_labels is not None:
             note = "green: of the query's class; red, with an x: of another class"
-    save_sheet(path, lines, header, note=note)
+    save_sheet(path, strips, header, note=note)
 
 
 def neighbours_of_images(
     encoder: ViTMSNModel, data: Images, size: int, device: torch.device
-) -> tuple[list[str], list[Line]]:
+) -> tuple[list[str], list[Strip]]:
     """Titles, and for each of eight images the image itself and its nearest training images."""
     images = data.train if data.val is None else data.val
     labels = data.train_labels if data.val is None else data.val_labels
@@ -2958,21 +3000,21 @@ def neighbours_of_images(
 
     features, kept = embed_images(encoder, data.train, bank_indices, size, device)
     queries, query_indices = embed_images(encoder, images, query_indices, size, device)
-    lines = []
+    strips = []
     for i, nearest in zip(query_indices, nearest_features(queries, features), strict=True):
         query_class = class_of(data, labels, i)
-        line = Line([Tile(picture_of(images, i), query_class)])
+        strip = Strip([Tile(picture_of(images, i), query_class)])
         for place in nearest:
             name = class_of(data, data.train_labels, kept[place])
             picture = picture_of(data.train, kept[place])
             if not name:
-                line.tiles.append(Tile(picture))
+                strip.tiles.append(Tile(picture))
             elif name == query_class:
-                line.tiles.append(Tile(picture, name, RIGHT))
+                strip.tiles.append(Tile(picture, name, RIGHT))
             else:
-                line.tiles.append(Tile(picture, "x " + name, WRONG))
-        lines.append(line)
-    return ["query", *nearest_titles(features)], lines
+                strip.tiles.append(Tile(picture, "x " + name, WRONG))
+        strips.append(strip)
+    return ["query", *nearest_titles(features)], strips
 
 
 def queries_of(images: Dataset, labels: Tensor | None) -> list[int]:
@@ -2991,7 +3033,7 @@ def class_of(data: Images, labels: Tensor | None, i: int) -> str:
 
 def neighbours_of_prototypes(
     encoder: ViTMSNModel, data: Images, size: int, device: torch.device, prototypes: Tensor
-) -> tuple[list[str], list[Line]]:
+) -> tuple[list[str], list[Strip]]:
     """Titles, and for each of the eight prototypes that most images choose, its nearest images."""
     features, kept = embed_images(encoder, data.train, some_of(data.train, 2000), size, device)
     projections = encoder.fc(encoder.norm(features.to(prototypes)))
@@ -2999,7 +3041,7 @@ def neighbours_of_prototypes(
     popularity = choices.bincount(minlength=len(prototypes))
     most_popular = popularity.topk(min(8, len(prototypes))).indices
 
-    lines = []
+    strips = []
     nearest_images = nearest_features(prototypes[most_popular.to(prototypes.device)], projections)
     for prototype, nearest in zip(most_popular.tolist(), nearest_images, strict=True):
         choosers = [
@@ -3015,8 +3057,8 @@ def neighbours_of_prototypes(
             share = counts.max().item() / len(choosers)
             title.append(f"{100 * share:.0f} % {data.classes[counts.argmax()]}")
         tiles = [Tile(picture_of(data.train, kept[place])) for place in nearest]
-        lines.append(Line(tiles, title))
-    return nearest_titles(features), lines
+        strips.append(Strip(tiles, title))
+    return nearest_titles(features), strips
 
 
 def nearest_features(queries: Tensor, features: Tensor) -> list[list[int]]:
@@ -3046,9 +3088,8 @@ def save_curves(folder: Path, config: TrainConfig, baselines: dict[str, float]) 
 
     panels = [
         Panel(
-            "cross-entropy and entropy",
+            "cross-entropy and entropy, in nats",
             "epoch",
-            "nats",
             {
                 "cross-entropy, the first term of (1)": smooth_curve(metrics, "cross_entropy"),
                 "entropy of single anchor assignments": smooth_curve(metrics, "entropy"),
@@ -3056,9 +3097,8 @@ def save_curves(folder: Path, config: TrainConfig, baselines: dict[str, float]) 
             {f"log k = {log_k:.2f}: an assignment that says nothing": log_k},
         ),
         Panel(
-            "me-max, the second term of (1)",
+            "me-max, the second term of (1), in nats",
             "epoch",
-            "nats",
             {
                 "log k - H(mean p): 0 if all prototypes are used alike": smooth_curve(
                     metrics, "memax"
@@ -3068,7 +3108,6 @@ def save_curves(folder: Path, config: TrainConfig, baselines: dict[str, float]) 
         Panel(
             "prototypes in use",
             "epoch",
-            "",
             used,
             {f"{most_used}: the most that a batch can use": most_used},
             y_range=(0, most_used * 1.05),
@@ -3076,7 +3115,7 @@ def save_curves(folder: Path, config: TrainConfig, baselines: dict[str, float]) 
     ]
     if knn:
         accuracy = [Point(float(line["epoch"]), float(line["accuracy"])) for line in knn]
-        panel = Panel("k-NN accuracy", "epoch", "", {"target encoder": accuracy}, baselines)
+        panel = Panel("k-NN accuracy", "epoch", {"target encoder": accuracy}, baselines)
         panel.y_range = (0, 1)
         panels.append(panel)
     save_plot(folder / "curves.png", panels)
@@ -3133,45 +3172,48 @@ def save_assignments(
             f"(dashed: an even share, {len(p) / p.shape[1]:.2f})",
         ]
         maps.append(HeatMap(title, p[rows][:, columns].cpu().numpy(), notes))
-    save_heat_maps(path, maps, "images", "prototypes; below: how much of the batch each gets")
+    save_heat_maps(
+        path, maps, "columns: prototypes; below: how much of the batch each gets", "rows: images"
+    )
 
 
 def save_gradients(path: Path, model: ViTMSNForPreTraining, views: Views) -> None:
     """Where the gradient of each term of (1) flows, and how large it is in each part."""
     terms = model(*views)
-    parts = parts_of(model)
-    norms = {}
-    for name, term in (("cross-entropy", terms.cross_entropy), ("me-max", terms.memax)):
-        norms[name] = {}
-        for part, parameters in parts.items():
-            norms[name][part] = gradient_norm(term, parameters)
+    norms = {
+        "cross-entropy": gradient_norms(terms.cross_entropy, model),
+        "me-max": gradient_norms(terms.memax, model),
+    }
     save_gradient_flow(path, norms)
 
 
-def parts_of(model: ViTMSNForPreTraining) -> dict[str, list[nn.Parameter]]:
-    """The parameters of a model, by the name of the part that they belong to."""
-    encoder = model.anchor_encoder
-    parts = {"patches, positions": []}
-    for name, parameter in encoder.named_parameters():
-        part = "patches, positions"
-        if name.startswith("blocks."):
-            part = f"layer {int(name.split('.')[1]) + 1}"
-        elif name.startswith(("fc.", "norm.")):
-            part = "head"
-        parts.setdefault(part, []).append(parameter)
-    parts["prototypes"] = [model.prototypes]
-    parts["target encoder"] = list(model.target_encoder.parameters())
-    return parts
+def gradient_norms(term: Tensor, model: ViTMSNForPreTraining) -> dict[str, float]:
+    """The norm of a term's gradient in each part of the model; 0 in those that do not learn."""
+    learning = {}
+    squares = {}  # sums of squares, by part
+    for name, parameter in model.named_parameters():
+        squares.setdefault(part_of(name), 0.0)
+        if parameter.requires_grad:
+            learning[name] = parameter
+
+    parameters = list(learning.values())
+    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    for name, gradient in zip(learning, gradients, strict=True):
+        if gradient is not None:
+            squares[part_of(name)] += gradient.square().sum().item()
+    return {part: math.sqrt(square) for part, square in squares.items()}
 
 
-def gradient_norm(term: Tensor, parameters: list[nn.Parameter]) -> float:
-    """The norm of a term's gradient with respect to parameters; 0 for those that do not learn."""
-    learning = [parameter for parameter in parameters if parameter.requires_grad]
-    if not learning or not term.requires_grad:
-        return 0.0
-    gradients = torch.autograd.grad(term, learning, retain_graph=True, allow_unused=True)
-    squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
-    return torch.stack(squares).sum().sqrt().item() if squares else 0.0
+def part_of(name: str) -> str:
+    """The part of a ViTMSNForPreTraining that a parameter of this name belongs to."""
+    encoder, _, name = name.partition(".")
+    if encoder != "anchor_encoder":
+        return encoder.replace("_", " ")  # prototypes, target encoder
+    if name.startswith("blocks."):
+        return f"layer {int(name.split('.')[1]) + 1}"
+    if name.startswith(("fc.", "norm.")):
+        return "head"
+    return "patches, positions"
 
 
 # ---- Command line --------------------------------------------------------------------------------

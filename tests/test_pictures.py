@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import train_msn
-from train_msn import HeatMap, Line, Panel, Point, Range, Tile
+from train_msn import HeatMap, Panel, Point, Range, Strip, Tile
 
 NUMBERS = st.floats(-1e6, 1e6)
 
@@ -40,7 +40,7 @@ def test_pictures_of_a_line_are_all_there_and_to_one_scale(tmp_path_factory, siz
     path = tmp_path_factory.mktemp("sheet") / "a.png"
     colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)][: len(sizes)]
     tiles = [Tile(solid(color, *size)) for color, size in zip(colors, sizes, strict=True)]
-    train_msn.save_sheet(path, [Line(tiles)], ["x"] * len(tiles), cell)
+    train_msn.save_sheet(path, [Strip(tiles)], ["x"] * len(tiles), cell)
 
     sheet = np.asarray(Image.open(path))
     largest = max(max(size) for size in sizes)
@@ -55,7 +55,7 @@ def test_words_beside_and_below_pictures_make_room_for_themselves(tmp_path):
     sizes = []
     for number, (title, caption, note) in enumerate(itertools.product(["", "words"], repeat=3)):
         path = tmp_path / f"{number}.png"
-        lines = [Line([Tile(solid(red, 8, 8), caption)], [title] if title else [])] * 2
+        lines = [Strip([Tile(solid(red, 8, 8), caption)], [title] if title else [])] * 2
         train_msn.save_sheet(path, lines, ["title"], 64, note)
         with Image.open(path) as sheet:
             sizes.append((sheet.width, sheet.height))
@@ -99,7 +99,7 @@ def test_an_axis_runs_from_its_low_to_its_high_end(low, factor, log):
 def test_every_point_and_level_has_its_place_in_the_panel(curves, level, log):
     """No curve leaves its panel, error bars included, however few points there are."""
     points = {name: [Point(*point) for point in curve] for name, curve in curves.items()}
-    panel = Panel("t", "x", "y", points, {"level": level}, log_x=log)
+    panel = Panel("t", "x", points, {"level": level}, log_x=log)
     x_range, y_range = train_msn.ranges_of(panel)
     assert x_range.low < x_range.high and y_range.low < y_range.high
     assert y_range.low <= level <= y_range.high
@@ -112,10 +112,10 @@ def test_every_point_and_level_has_its_place_in_the_panel(curves, level, log):
 def test_a_plot_of_anything_is_drawn(tmp_path):
     """Without curves, with a single point, a flat line, levels alone, error bars, many panels."""
     panels = [
-        Panel("nothing", "x", "y", {}),
-        Panel("a point", "x", "y", {"a": [Point(3, 4, 1)]}, log_x=True),
-        Panel("flat", "x", "y", {"a": [Point(1, 2), Point(2, 2)]}, {"level": 2}),
-        Panel("a level", "x", "y", {"a": []}, {"level": 0.5}, y_range=(0, 1)),
+        Panel("nothing", "x", {}),
+        Panel("a point", "x", {"a": [Point(3, 4, 1)]}, log_x=True),
+        Panel("flat", "x", {"a": [Point(1, 2), Point(2, 2)]}, {"level": 2}),
+        Panel("a level", "x", {"a": []}, {"level": 0.5}, y_range=(0, 1)),
     ]
     train_msn.save_plot(tmp_path / "a.png", panels)
     with Image.open(tmp_path / "a.png") as plot:
@@ -129,7 +129,7 @@ def test_a_plot_of_anything_is_drawn(tmp_path):
 
 def test_a_heat_map_is_white_at_0_and_dark_at_1(tmp_path):
     """Between them colours are mixed evenly; values out of range are taken for the ends."""
-    shown = np.asarray(train_msn.colored(np.array([[0.0, 0.5, 1.0, 7.0]])))[0]
+    shown = np.asarray(train_msn.map_colors(np.array([[0.0, 0.5, 1.0, 7.0]])))[0]
     half = (255 + np.array(train_msn.MAP_COLOR)) / 2
     assert shown[0].tolist() == [255, 255, 255]
     assert np.abs(shown[1] - half).max() <= 0.5
@@ -145,7 +145,7 @@ def test_arrows_begin_and_end_on_the_edges_of_their_boxes(start, end):
     """Each end is on the edge of its box: neither inside of it nor away from it."""
     nodes = (train_msn.NODES[start], train_msn.NODES[end])
     half = np.array([train_msn.NODE_WIDTH, train_msn.NODE_HEIGHT]) / 2
-    for node, place in zip(nodes, train_msn.ends_of(*nodes), strict=True):
+    for node, place in zip(nodes, train_msn.arrow_between(*nodes)[:2], strict=True):
         from_middle = np.abs(place - [node.x, node.y]) / half
         assert from_middle.max() == pytest.approx(1)
 
