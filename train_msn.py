@@ -30,7 +30,7 @@ import time
 import unicodedata
 import urllib.request
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -68,7 +68,9 @@ class TrainConfig:
     """All settings of a run. Defaults: the published ViT-S/16 recipe, where it names a value."""
 
     recipe: str = opt(
-        "demo", "named settings: they replace these defaults; other flags come on top"
+        "demo",
+        "named settings: they replace these defaults; other flags come on top. Without it, own "
+        "pictures get cifar10's or imagenette's, by their size",
     )
     data: str = opt(
         "synthetic", "synthetic, cifar10, or a folder (train/CLASS/*, val/CLASS/*, or any)"
@@ -494,7 +496,8 @@ def train(
     if processes.is_first:
         announce(config, folder, data, model, steps)
         record = Record(folder, config, steps, content["elapsed"] if content else 0.0)
-    stop_signals = StopSignals()
+    # Nothing is lost by a stop at once before the first step; many processes stop together only.
+    stop_signals = StopSignals(at_once=steps.start == 0 and processes.count == 1)
     unreadable = UnreadableFiles()
     my_images = processes.share_of(config.batch_size)
 
@@ -511,6 +514,7 @@ def train(
             note = f"step {step}: {error}; the last checkpoint, if any, is in {folder}."
             raise FloatingPointError(note) from None
 
+        stop_signals.at_once = False
         metrics = metrics_of(terms, grad_norm, processes)
         stop = processes.any(stop_signals.received)
         unreadable.announce(batch.unreadable)
@@ -569,10 +573,11 @@ def check_finite(loss: MSNLoss, grad_norm: Tensor, prototype_grad: Tensor | None
 
 class StopSignals:
     """Notices SIGINT and SIGTERM. The first one asks for a stop after the step; the same signal
-    once more ends the program at once."""
+    once more ends the program at once. at_once: the first one does, too, by KeyboardInterrupt."""
 
-    def __init__(self):
+    def __init__(self, at_once: bool = False):
         self.received = False
+        self.at_once = at_once
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.notice)
 
@@ -580,6 +585,8 @@ class StopSignals:
         """The handler of both: for the next signal of this kind, the default action is back."""
         self.received = True
         signal.signal(number, signal.SIG_DFL)
+        if self.at_once:
+            raise KeyboardInterrupt
 
 
 # ---- Augmentations: what views_of_one_size calls, for whole batches on the training device -------
@@ -1836,6 +1843,36 @@ def runs_by_age(recipe: str | None = None, with_checkpoint: bool = False) -> lis
     return sorted(times, key=times.get, reverse=True)
 
 
+LARGE_PICTURES = 48  # pixels of the shorter side, from which on 64 pixels show more than 32 do
+
+
+def recipe_for(data: str) -> str:
+    """The recipe where none is asked for: for own pictures by the median of their sizes."""
+    if data in ("synthetic", "cifar10"):
+        return {"synthetic": "demo", "cifar10": "cifar10"}[data]
+    sizes = []
+    paths = find_pictures(Path(data)).pictures
+    for path in paths[:: math.ceil(len(paths) / 32)]:
+        try:
+            with Image.open(path) as image:
+                sizes.append(image.size)
+        except Exception:  # Pillow's parsers raise every kind there is; open_data counts them
+            continue
+    if not sizes:
+        return "imagenette"  # open_data says that none is readable
+
+    width, height = np.median(sizes, axis=0).astype(int)
+    recipe = "cifar10" if min(width, height) < LARGE_PICTURES else "imagenette"
+    if os.environ.get("RANK", "0") == "0":
+        size = RECIPES[recipe]["image_size"]
+        print(
+            f"no --recipe: {recipe}'s, at {size} pixels, for pictures of about {width} x {height} "
+            "(all recipes: --help)",
+            flush=True,
+        )
+    return recipe
+
+
 def choose_folder(config: TrainConfig) -> Path:
     """--output-dir, else the newest run of the recipe (--resume) or the next free number."""
     if config.output_dir:
@@ -1847,10 +1884,10 @@ def choose_folder(config: TrainConfig) -> Path:
     return RUNS / f"{config.recipe}-{max(numbers, default=0) + 1:03d}"
 
 
-def settle(given: dict, folder: Path) -> tuple[TrainConfig, dict | None]:
-    """Settings and checkpoint of a run in `folder`. Raises UsageError if that would overwrite a run
-    or contradict its settings."""
-    config = make_config(given)
+def settle(given: dict, folder: Path, recipe: str) -> tuple[TrainConfig, dict | None]:
+    """Settings and checkpoint of a run in `folder`, a new one by the recipe. Raises UsageError if
+    that would overwrite a run or contradict its settings."""
+    config = make_config({"recipe": recipe, **given})
     settings_file = folder / "config.json"
     if not config.resume and settings_file.exists():
         raise UsageError(
@@ -1884,8 +1921,6 @@ def announce(
     config: TrainConfig, folder: Path, data: Images, model: ViTMSNForPreTraining, steps: range
 ) -> None:
     """Write the settings to config.json, and say in a few lines what is about to happen."""
-    may_exist = config.resume or bool(config.output_dir)  # else two runs could share a new folder
-    folder.mkdir(parents=True, exist_ok=may_exist)
     (folder / "summary.json").unlink(missing_ok=True)  # it says that a run is finished
     write_file(folder / "config.json", json.dumps(asdict(config), indent=2).encode())
 
@@ -3377,8 +3412,9 @@ def parse_flags(argv: list[str]) -> dict:
 def main(argv: list[str]) -> None:
     """The command line."""
     given = parse_flags(argv)
-    folder = choose_folder(make_config(given))
-    config, content = settle(given, folder)
+    recipe = given.get("recipe") or recipe_for(given.get("data", "synthetic"))
+    folder = choose_folder(make_config({"recipe": recipe, **given}))
+    config, content = settle(given, folder, recipe)
     processes = start_processes(config)
     config = replace(config, precision=choose_precision(config.precision, processes.device))
     data = open_data(config)
@@ -3391,7 +3427,104 @@ def main(argv: list[str]) -> None:
             f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; "
             "lower it."
         )
-    train(config, data, folder, content, processes)
+    if processes.is_first:
+        warn_of_slow_precision(config.precision, processes.device)
+        warn_of_cost(config, len(data.train), processes.device)
+    if processes.is_first:
+        with claimed(folder, may_exist=config.resume or bool(config.output_dir)):
+            train(config, data, folder, content, processes)
+    else:
+        train(config, data, folder, content, processes)
+
+
+@contextmanager
+def claimed(folder: Path, may_exist: bool) -> Iterator[None]:
+    """The folder of a run, made if it is not there. If what follows ends by an error or a signal
+    before the first step of a new run, what it has written is taken away again. Raises UsageError
+    if the folder is there and must not be: another run has taken the same number."""
+    is_new = not (folder / "config.json").exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=may_exist)
+    except FileExistsError:
+        raise UsageError(f"another run has just taken the folder {folder}; start again.") from None
+    try:
+        yield
+    except BaseException:
+        if is_new and not read_table(folder / "metrics.csv"):
+            remove_empty_run(folder)
+        raise
+
+
+def remove_empty_run(folder: Path) -> None:
+    """Remove a run that has no step: its settings, its empty tables, and its folder if that is
+    empty then."""
+    for name in ("config.json", "metrics.csv", "knn.csv"):
+        (folder / name).unlink(missing_ok=True)
+    for place in (folder, RUNS):
+        with suppress(OSError):  # it is not empty, or not there
+            place.rmdir()
+
+
+def warn_of_slow_precision(precision: str, device: torch.device) -> None:
+    """Say so if the machine has no fast bfloat16 but is asked for it."""
+    if precision != "bfloat16" or device.type != "cpu":
+        return
+    ratio = seconds_of_product(torch.bfloat16) / seconds_of_product(torch.float32)
+    if ratio > 1.5:
+        say(
+            f"this CPU is {ratio:.1f} times slower in bfloat16 than in float32 (it has no units "
+            "for it); --precision float32 is faster.",
+            sys.stderr,
+        )
+
+
+PRODUCT_SIDE = 512
+
+
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """The least seconds that a product of two square matrices takes on the CPU."""
+    a = torch.randn(PRODUCT_SIDE, PRODUCT_SIDE).to(dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+LONG_RUN = 24 * 3600  # seconds
+
+
+def warn_of_cost(config: TrainConfig, num_images: int, device: torch.device) -> None:
+    """Say so if a run on a CPU will take longer than a day, and what to use instead."""
+    if device.type != "cpu":
+        return
+    steps = steps_to_do(config, num_images // config.batch_size, None)
+    flops = len(steps) * config.batch_size * about_flops(config)
+    flops_per_second = 2 * PRODUCT_SIDE**3 / seconds_of_product(torch.float32)
+    seconds = flops / flops_per_second
+    if seconds > LONG_RUN:
+        small = "demo" if config.data == "synthetic" else "imagenette"
+        say(
+            f"{len(steps)} steps of {config.batch_size} images will take this CPU at least "
+            f"{round(seconds / 86400)} days ({about_flops(config) / 1e9:.0f} GFLOP an image at "
+            f"{flops_per_second / 1e9:.0f} GFLOP/s); for a CPU there is --recipe {small}.",
+            sys.stderr,
+        )
+
+
+def about_flops(config: TrainConfig) -> float:
+    """Operations of a step for each image, roughly: a multiplication and an addition for each
+    weight and token, three times as many for anchor views, which go backward too. (bench.py counts
+    them exactly.)"""
+    d = config.hidden_size
+    mlp = config.intermediate_size or 4 * d
+    weights = config.num_hidden_layers * (4 * d**2 + 2 * d * mlp)
+    patches = (config.image_size // config.patch_size) ** 2
+    focal_patches = (config.focal_size // config.patch_size) ** 2
+    random_tokens = config.random_views * num_patches_to_keep(patches, config.mask_ratio)
+    focal_tokens = config.focal_views * focal_patches
+    return 2 * weights * (patches + 3 * (random_tokens + focal_tokens))
 
 
 def end_program(status: int) -> None:

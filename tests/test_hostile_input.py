@@ -401,7 +401,7 @@ def init_pretraining(folder: Path) -> torch.nn.Module:
 def resume(folder: Path) -> torch.nn.Module:
     """As --resume does; one step shows that what was taken for the optimizer's state is one."""
     _, model, optimizer = build()
-    _, content = train_msn.settle({"output_dir": str(folder), "resume": True}, folder)
+    _, content = train_msn.settle({"output_dir": str(folder), "resume": True}, folder, "demo")
     train_msn.restore(content, model, optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

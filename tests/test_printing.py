@@ -1,15 +1,18 @@
 """What the programs print: a live line that fits the terminal, and this session's figures."""
 
 import contextlib
+import os
 import io
 import re
 import shutil
+import signal
 import time
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import TINY, make_pictures, run_here
 
 import bench
 import finetune
@@ -299,3 +302,118 @@ def test_a_misspelt_command_lists_the_commands(program, word, names, capsys):
     assert line.startswith("error: ") and line.count("\n") == 1
     for name in [word, *names]:
         assert name in line
+
+
+# ---- Before the first step -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, recipe", [(20, "cifar10"), (60, "imagenette")])
+def test_own_pictures_get_the_recipe_of_their_size(size, recipe, tmp_path, monkeypatch, capsys):
+    """Without --recipe the pictures decide, which is said, and the run is named after it."""
+    monkeypatch.chdir(tmp_path)
+    make_pictures(tmp_path / "photos", size=size)
+    flags = [*TINY, "--data", "photos", "--max-steps", "1", "--knn-every", "0"]
+    assert run_here(*flags) == 0
+    out = capsys.readouterr().out
+    assert f"no --recipe: {recipe}'s" in out and f" x {size} (" in out
+    assert (tmp_path / "runs" / f"{recipe}-001" / "checkpoint.pt").is_file()
+
+    assert run_here(*flags, "--recipe", "demo") == 0
+    assert "no --recipe" not in capsys.readouterr().out
+    assert (tmp_path / "runs" / "demo-001").is_dir()
+
+
+def stop_in_step(monkeypatch, stop, number: int) -> None:
+    """Let step `number`, from 1, call stop() before it does anything."""
+    real_step = train_msn.train_step
+    steps = []
+
+    def step(*arguments):
+        steps.append(1)
+        if len(steps) == number:
+            stop()
+        return real_step(*arguments)
+
+    monkeypatch.setattr(train_msn, "train_step", step)
+
+
+def fail() -> None:
+    raise RuntimeError("out of memory")
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("stop, status", [(fail, 1), (interrupt, 130)])
+def test_nothing_is_left_of_a_run_that_ends_before_its_first_step(
+    stop, status, tmp_path, monkeypatch
+):
+    """An error or Ctrl-C in the first step frees the folder; a later one leaves what there is."""
+    monkeypatch.chdir(tmp_path)
+    make_pictures(tmp_path / "photos")
+    flags = [*TINY, "--data", "photos", "--checkpoint-every", "1", "--num-workers", "0"]
+    with monkeypatch.context() as patched:
+        stop_in_step(patched, stop, 1)
+        assert run_here(*flags) == status
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+    with monkeypatch.context() as patched:
+        stop_in_step(patched, fail, 2)
+        assert run_here(*flags) == 1
+    folder = tmp_path / "runs" / "cifar10-001"
+    before = {path.name for path in folder.iterdir()}
+    assert "checkpoint.pt" in before
+
+    with monkeypatch.context() as patched:
+        stop_in_step(patched, stop, 1)
+        assert run_here(*flags, "--resume") in (status, 0)
+    assert before <= {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_with_other_things_in_it_keeps_them(tmp_path, monkeypatch):
+    """Of a false start in a folder that was there, only what it wrote is taken away."""
+    make_pictures(tmp_path / "photos")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    stop_in_step(monkeypatch, fail, 1)
+    assert run_here(*TINY, "--data", tmp_path / "photos", "--output-dir", tmp_path / "run") == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_rough_count_of_operations_is_near_the_exact_one(recipe):
+    """What a run will cost is reckoned from the weights and tokens, within a quarter."""
+    config = make_config({"recipe": recipe})
+    exact = bench.step_flops(config) / config.batch_size
+    assert train_msn.about_flops(config) == pytest.approx(exact, rel=0.25)
+
+
+def test_a_run_of_weeks_says_what_it_costs_and_what_to_use_instead(monkeypatch, capsys):
+    """The published recipe on a CPU is named in days; a small one says nothing."""
+    monkeypatch.setattr(train_msn, "seconds_of_product", lambda _: 2 * 512**3 / 50e9)
+    cpu = torch.device("cpu")
+    train_msn.warn_of_cost(make_config({"recipe": "demo"}), 4000, cpu)
+    train_msn.warn_of_cost(make_config({"recipe": "small-16", "max_steps": 1}), 4000, cpu)
+    train_msn.warn_of_cost(make_config({"recipe": "small-16"}), 4000, torch.device("cuda"))
+    assert capsys.readouterr().err == ""
+
+    train_msn.warn_of_cost(make_config({"recipe": "small-16", "data": "synthetic"}), 4000, cpu)
+    line = capsys.readouterr().err
+    days = 75.3 * 1024 * 2400 / 50 / 86400
+    assert f"at least {round(days)} days" in line and "--recipe demo" in line
+    assert line.count("\n") == 1
+    train_msn.warn_of_cost(make_config({"recipe": "small-16", "data": "photos"}), 4000, cpu)
+    assert "--recipe imagenette" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bfloat16, says", [(0.6, "6.0 times slower"), (0.1, ""), (0.02, "")])
+def test_slow_bfloat16_is_said_before_it_starts(bfloat16, says, monkeypatch, capsys):
+    """A CPU without units for bfloat16 takes it for longer, by measurement, not by its name."""
+    seconds = {torch.bfloat16: bfloat16, torch.float32: 0.1}
+    monkeypatch.setattr(train_msn, "seconds_of_product", seconds.get)
+    train_msn.warn_of_slow_precision("bfloat16", torch.device("cpu"))
+    line = capsys.readouterr().err
+    assert says in line and bool(says) == bool(line)
+    train_msn.warn_of_slow_precision("float32", torch.device("cpu"))
+    assert capsys.readouterr().err == ""

@@ -200,15 +200,18 @@ def test_two_runs_that_start_together_do_not_share_a_folder(
 ):
     """If another run takes the next free number first, the later one ends with an error."""
     monkeypatch.chdir(tmp_path)
-    other, open_data = Path("runs/demo-001"), train_msn.open_data
+    other, open_data = Path("runs/cifar10-001"), train_msn.open_data
 
     def open_data_late(config):
         other.mkdir(parents=True)
         return open_data(config)
 
     monkeypatch.setattr(train_msn, "open_data", open_data_late)
-    assert run_here(*TINY, "--data", pictures, "--max-steps", "1") == 1
-    assert "demo-001" in capsys.readouterr().err and not list(other.iterdir())
+    assert run_here(*TINY, "--data", pictures, "--max-steps", "1") == 2
+    assert (
+        "another run has just taken the folder runs/cifar10-001" in capsys.readouterr().err
+        and not list(other.iterdir())
+    )
 
 
 def write_at(path: Path, seconds: int) -> Path:
