@@ -496,7 +496,6 @@ def train(
     if processes.is_first:
         announce(config, folder, data, model, steps)
         record = Record(folder, config, steps, content["elapsed"] if content else 0.0)
-    # Nothing is lost by a stop at once before the first step; many processes stop together only.
     stop_signals = StopSignals(at_once=steps.start == 0 and processes.count == 1)
     unreadable = UnreadableFiles()
     my_images = processes.share_of(config.batch_size)
@@ -573,7 +572,11 @@ def check_finite(loss: MSNLoss, grad_norm: Tensor, prototype_grad: Tensor | None
 
 class StopSignals:
     """Notices SIGINT and SIGTERM. The first one asks for a stop after the step; the same signal
-    once more ends the program at once. at_once: the first one does, too, by KeyboardInterrupt."""
+    once more ends the program at once.
+
+    at_once: the first one does, too, by KeyboardInterrupt: before the first step nothing is lost by
+    it. Not with many processes, which have to stop together.
+    """
 
     def __init__(self, at_once: bool = False):
         self.received = False
@@ -1847,30 +1850,40 @@ LARGE_PICTURES = 48  # pixels of the shorter side, from which on 64 pixels show 
 
 
 def recipe_for(data: str) -> str:
-    """The recipe where none is asked for: for own pictures by the median of their sizes."""
-    if data in ("synthetic", "cifar10"):
-        return {"synthetic": "demo", "cifar10": "cifar10"}[data]
+    """The recipe where none is asked for: for own pictures by their size, which is said."""
+    if data == "synthetic":
+        return "demo"
+    if data == "cifar10":
+        return "cifar10"
+    size = usual_size(find_pictures(Path(data)).pictures)
+    if size is None:
+        return "imagenette"  # open_data says that none is readable
+
+    width, height = size
+    recipe = "imagenette" if min(width, height) >= LARGE_PICTURES else "cifar10"
+    if os.environ.get("RANK", "0") == "0":
+        pixels = RECIPES[recipe]["image_size"]
+        print(
+            f"no --recipe: {recipe}'s, at {pixels} pixels, for pictures of about "
+            f"{width} x {height} (all recipes: --help)",
+            flush=True,
+        )
+    return recipe
+
+
+def usual_size(paths: list[Path]) -> tuple[int, int] | None:
+    """Median width and height of some 32 of these pictures, or None if none of them is readable."""
     sizes = []
-    paths = find_pictures(Path(data)).pictures
     for path in paths[:: math.ceil(len(paths) / 32)]:
         try:
-            with Image.open(path) as image:
+            with open_picture(path, PictureRules()) as image:
                 sizes.append(image.size)
         except Exception:  # Pillow's parsers raise every kind there is; open_data counts them
             continue
     if not sizes:
-        return "imagenette"  # open_data says that none is readable
-
-    width, height = np.median(sizes, axis=0).astype(int)
-    recipe = "cifar10" if min(width, height) < LARGE_PICTURES else "imagenette"
-    if os.environ.get("RANK", "0") == "0":
-        size = RECIPES[recipe]["image_size"]
-        print(
-            f"no --recipe: {recipe}'s, at {size} pixels, for pictures of about {width} x {height} "
-            "(all recipes: --help)",
-            flush=True,
-        )
-    return recipe
+        return None
+    width, height = np.median(sizes, axis=0)
+    return int(width), int(height)
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -3425,15 +3438,15 @@ def main(argv: list[str]) -> None:
     if len(data.train) < config.batch_size:
         raise UsageError(
             f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; "
-            "lower it."
+            "lower it by --batch-size, or take a recipe for small data (--help lists them)."
         )
-    if processes.is_first:
-        warn_of_slow_precision(config.precision, processes.device)
-        warn_of_cost(config, len(data.train), processes.device)
-    if processes.is_first:
-        with claimed(folder, may_exist=config.resume or bool(config.output_dir)):
-            train(config, data, folder, content, processes)
-    else:
+    if not processes.is_first:
+        train(config, data, folder, content, processes)
+        return
+
+    warn_of_slow_precision(config.precision, processes.device)
+    warn_of_cost(config, len(data.train), processes.device)
+    with claimed(folder, may_exist=config.resume or bool(config.output_dir)):
         train(config, data, folder, content, processes)
 
 

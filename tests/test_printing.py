@@ -1,8 +1,8 @@
 """What the programs print: a live line that fits the terminal, and this session's figures."""
 
 import contextlib
-import os
 import io
+import os
 import re
 import shutil
 import signal
