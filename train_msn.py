@@ -3454,12 +3454,16 @@ def main(argv: list[str]) -> None:
 def claimed(folder: Path, may_exist: bool) -> Iterator[None]:
     """The folder of a run, made if it is not there. If what follows ends by an error or a signal
     before the first step of a new run, what it has written is taken away again. Raises UsageError
-    if the folder is there and must not be: another run has taken the same number."""
+    if it is a file, or there when it must not be: another run has taken the same number."""
     is_new = not (folder / "config.json").exists()
     try:
         folder.mkdir(parents=True, exist_ok=may_exist)
     except FileExistsError:
-        raise UsageError(f"another run has just taken the folder {folder}; start again.") from None
+        if folder.is_dir():
+            problem = f"another run has just taken the folder {folder}; start again."
+        else:
+            problem = f"{folder} is a file; --output-dir names a folder."
+        raise UsageError(problem) from None
     try:
         yield
     except BaseException:

@@ -54,7 +54,7 @@ OWN_ROWS = [
     ("train_msn", "--data FILE", 2, "is no folder"),
     ("train_msn", "--data EMPTY", 2, "holds no image"),
     ("train_msn", "--batch-size 400", 2, "24 training images"),
-    ("train_msn", "--output-dir FILE", 1, "notes.txt"),
+    ("train_msn", "--output-dir FILE", 2, "notes.txt is a file"),
     ("train_msn", "--output-dir FILE/run", 1, "notes.txt"),
     ("train_msn", "--output-dir BROKEN --resume", 1, "can be read"),
     ("train_msn", "--init-from FILE", 1, "notes.txt can't be read"),
