@@ -739,7 +739,8 @@ class MSNLoss(NamedTuple):
     """The objective, its terms, and the target assignments with three statistics of them.
 
     Two signs of collapse: top_assignment is 1 with one prototype used, or top_assignment and
-    bottom_assignment are both 1 / k. All are scalars but target_assignments.
+    bottom_assignment are both 1 / k. All are scalars but target_assignments. print() shows the
+    scalars, one a line.
     """
 
     loss: Tensor  # (1)
@@ -750,6 +751,38 @@ class MSNLoss(NamedTuple):
     prototypes_used: Tensor  # how many are the first choice of some target
     top_assignment: Tensor  # the highest of each target, averaged
     bottom_assignment: Tensor  # the lowest of each target, averaged
+
+    def __str__(self) -> str:
+        scalars = {name: value for name, value in self._asdict().items() if value.ndim == 0}
+        return "\n".join(f"{name:<17} {value.item():.6g}" for name, value in scalars.items())
+
+
+def join_views(anchors: Tensor, targets: Tensor, prototypes: Tensor) -> Tensor:
+    """Anchors as (v b) e, from that or from v b e. Raises ValueError if shapes do not match."""
+    seen = (
+        f"anchors {tuple(anchors.shape)}, targets {tuple(targets.shape)}, prototypes "
+        f"{tuple(prototypes.shape)}"
+    )
+    if targets.ndim != 2 or prototypes.ndim != 2 or anchors.ndim not in (2, 3):
+        raise ValueError(
+            f"{seen}: pass anchors (views, images, width) or (views * images, width), targets "
+            "(images, width) and prototypes (number, width)."
+        )
+    b, width = targets.shape
+    if anchors.shape[-1] != width or prototypes.shape[-1] != width:
+        raise ValueError(f"{seen}: the last axis, their width, must be the same.")
+
+    if anchors.ndim == 3:
+        if anchors.shape[1] != b:
+            turned = "; for (images, views, width) pass anchors.transpose(0, 1)"
+            raise ValueError(
+                f"{seen}: the second axis of the anchors must be the {b} images"
+                f"{turned if anchors.shape[0] == b else ''}."
+            )
+        return rearrange(anchors, "v b e -> (v b) e")
+    if len(anchors) % b:
+        raise ValueError(f"{seen}: {len(anchors)} anchors are no whole number of views of {b}.")
+    return anchors
 
 
 def msn_loss(
@@ -766,16 +799,15 @@ def msn_loss(
     log_prior: Tensor | None = None,
     all_reduce: AllReduce = one_process,
 ) -> MSNLoss:
-    """Equation (1) of projected views. anchors: (v b) e, all images of the first view first.
+    """Equation (1) of projected views. anchors: v b e, or (v b) e: all images of the first view,
+    then all of the second, and so on.
 
     targets: b e; prototypes: k e; sinkhorn_iterations=0 leaves Sinkhorn out.
     Gradients reach the anchors and, by the anchors' side only, the prototypes.
-    Raises ValueError if there is no whole number of anchor views for each target.
+    Raises ValueError if the shapes do not match; in (v b) e, the order can't be seen from them.
     """
     b = targets.shape[0]
-    num_anchors = anchors.shape[0]
-    if num_anchors % b:
-        raise ValueError(f"{num_anchors} anchors are no whole number of views of {b} targets.")
+    anchors = join_views(anchors, targets, prototypes)
 
     # Departure: float32 even under autocast. The official code has no mixed precision.
     with torch.autocast(anchors.device.type, enabled=False):
@@ -934,7 +966,7 @@ class ViTMSNForPreTraining(nn.Module):
                 "patches_to_keep: give at least one view, and None or indices for each."
             )
 
-        anchors = rearrange(self.anchor_encoder(anchor_views, patches_to_keep), "v b e -> (v b) e")
+        anchors = self.anchor_encoder(anchor_views, patches_to_keep)  # v b e
         # The target's batch norm, too, takes the statistics of its own batch, as in the official
         # code: keep the module in train(). Without gradient: the target encoder never learns.
         with torch.no_grad():

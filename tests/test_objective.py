@@ -257,10 +257,44 @@ def test_views_of_the_same_image_are_compared_with_its_own_target():
     assert right < wrong
 
 
-def test_anchors_that_are_no_whole_number_of_views_are_refused():
-    """Seven anchors of three targets are a mistake, said in words."""
-    with pytest.raises(ValueError, match="whole number of views"):
-        msn_loss(randn(7, 4), randn(3, 4), randn(5, 4))
+@given(v=st.integers(1, 4), b=counts, k=counts, seed=seeds)
+def test_views_may_have_an_axis_of_their_own(v, b, k, seed):
+    """Anchors v b e give the same loss as the same anchors in the order (v b) e, bit for bit."""
+    anchors, targets, prototypes = loss_inputs(v, b, k, 5, seed)
+    joined = msn_loss(anchors, targets, prototypes)
+    apart = msn_loss(anchors.reshape(v, b, 5), targets, prototypes)
+    for one, other in zip(joined, apart, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "anchors, targets, prototypes, says",
+    [
+        ((7, 4), (3, 4), (5, 4), "7 anchors are no whole number of views of 3"),
+        ((3, 2, 4), (3, 4), (5, 4), r"pass anchors\.transpose\(0, 1\)"),
+        ((2, 6, 4), (3, 4), (5, 4), "must be the 3 images"),
+        ((4,), (3, 4), (5, 4), r"pass anchors \(views, images, width\)"),
+        ((1, 2, 3, 4), (3, 4), (5, 4), r"pass anchors \(views, images, width\)"),
+        ((6, 4), (1, 3, 4), (5, 4), r"targets \(1, 3, 4\)"),
+        ((6, 4), (3, 4), (4,), r"prototypes \(4,\)"),
+        ((6, 5), (3, 4), (5, 4), "must be the same"),
+        ((6, 4), (3, 4), (4, 5), "must be the same"),
+    ],
+)
+def test_shapes_that_do_not_match_are_refused_in_words(anchors, targets, prototypes, says):
+    """What shapes can show of a wrong order of axes is said, with the shapes and the way out."""
+    with pytest.raises(ValueError, match=says):
+        msn_loss(randn(*anchors), randn(*targets), randn(*prototypes))
+
+
+def test_a_printed_loss_is_its_scalars_one_a_line():
+    """print(loss) shows each scalar by name and value, and no tensor of many numbers."""
+    anchors, targets, prototypes = (x.requires_grad_() for x in loss_inputs(2, 4, 6, 8, 0))
+    out = msn_loss(anchors, targets, prototypes)
+    shown = dict(line.split() for line in str(out).splitlines())
+    assert list(shown) == [name for name in out._fields if name != "target_assignments"]
+    for name, value in shown.items():
+        assert float(value) == pytest.approx(getattr(out, name).item(), rel=1e-5)
 
 
 @given(k=st.sampled_from([2, 100, 1024, 8192]), seed=seeds)
