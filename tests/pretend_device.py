@@ -120,14 +120,15 @@ def compute(operation, *args, **kwargs):
 
 
 COPIES = ("aten::copy_", "aten::_to_copy")
+JOININGS = ("aten::cat", "aten::stack")
 INDEXINGS = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
 
 def refuse_two_devices(operation, inputs: list, args: tuple, kwargs: dict) -> None:
     """Raise RuntimeError where CUDA would: for a tensor, or a generator, of another device.
 
-    From the CPU it takes what CUDA takes: copies, single numbers (tensors without dimensions), and
-    indices into a tensor of its own.
+    From the CPU it takes what CUDA takes: copies, indices into a tensor of its own, and single
+    numbers (tensors without dimensions) but in cat and stack.
     """
     if not (any(map(is_ours, inputs)) or names_our_device(kwargs.get("device"))):
         return
@@ -141,7 +142,9 @@ def refuse_two_devices(operation, inputs: list, args: tuple, kwargs: dict) -> No
         allowed = args[1]
     allowed_ids = {id(x) for x in allowed}
     for x in inputs:
-        if isinstance(x, Tensor) and not is_ours(x) and x.ndim > 0 and id(x) not in allowed_ids:
+        if not isinstance(x, Tensor) or is_ours(x) or id(x) in allowed_ids:
+            continue
+        if x.ndim > 0 or name in JOININGS:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found {NAME}:0 and cpu: "
                 f"{name} in {current_place()}"
@@ -205,7 +208,8 @@ _arrivals: list[tuple[Tensor, Tensor]] = []  # of copies on their way: where the
 def count_waits() -> Iterator[Counter[Wait]]:
     """How often the host waits, and where, while this context lasts."""
     global _waits
-    outer, _waits = _waits, Counter()
+    outer = _waits
+    _waits = Counter()
     try:
         yield _waits
     finally:
@@ -262,17 +266,21 @@ def is_pinned(x: Tensor, device=None) -> bool:
 
 
 def made_from_python(make: Callable) -> Callable:
-    """torch.tensor and its like: the values are copied from the host, which waits for that."""
+    """torch.tensor and torch.as_tensor: values from Python are copied, and the host waits."""
 
-    def make_on_its_device(*args, device=None, **kwargs):
-        if device is None and is_ours(args[0]) and make is Tensor.new_tensor:
-            device, args = args[0].device, (args[0].values, *args[1:])
-        if not names_our_device(device) or any(is_ours(x) for x in args):
-            return make(*args, device=device, **kwargs)
+    def make_on_its_device(data, *args, device=None, **kwargs):
+        if is_ours(data) or not names_our_device(device):
+            return make(data, *args, device=device, **kwargs)
         note_wait("values from Python")
-        return PretendTensor(make(*args, device="cpu", **kwargs))
+        return PretendTensor(make(data, *args, device="cpu", **kwargs))
 
     return make_on_its_device
+
+
+def new_tensor(x: Tensor, data, *, dtype=None, device=None, **options) -> Tensor:
+    """x.new_tensor(data): torch.tensor(data), of x's type and on its device."""
+    tensor = HOST_SIDE[torch.tensor]
+    return tensor(data, dtype=dtype or x.dtype, device=device or x.device, **options)
 
 
 def made_by_growing(make: Callable) -> Callable:
@@ -315,19 +323,29 @@ def via_the_host(method: Callable) -> Callable:
     return method_of_a_copy
 
 
+def untyped_storage(x: Tensor):
+    """Where the values lie: safetensors asks, to find tensors that share memory."""
+    return Tensor.untyped_storage(on_cpu(x))
+
+
 HOST_SIDE = {
-    **{make: made_from_python(make) for make in (torch.tensor, torch.as_tensor, Tensor.new_tensor)},
-    **{
-        make: made_by_growing(make)
-        for make in (torch.arange, torch.linspace, torch.eye, torch.randperm, torch.full)
-    },
-    **{access: with_lists_counted(access) for access in (Tensor.__getitem__, Tensor.__setitem__)},
-    **{
-        method: via_the_host(method)
-        for method in (Tensor.tolist, Tensor.__format__, Tensor.__repr__, Tensor.__reduce_ex__)
-    },
+    torch.tensor: made_from_python(torch.tensor),
+    torch.as_tensor: made_from_python(torch.as_tensor),
+    torch.arange: made_by_growing(torch.arange),
+    torch.linspace: made_by_growing(torch.linspace),
+    torch.eye: made_by_growing(torch.eye),
+    torch.full: made_by_growing(torch.full),
+    torch.randperm: made_by_growing(torch.randperm),
+    Tensor.new_tensor: new_tensor,
+    Tensor.__getitem__: with_lists_counted(Tensor.__getitem__),
+    Tensor.__setitem__: with_lists_counted(Tensor.__setitem__),
+    Tensor.tolist: via_the_host(Tensor.tolist),
+    Tensor.__format__: via_the_host(Tensor.__format__),
+    Tensor.__repr__: via_the_host(Tensor.__repr__),
+    Tensor.__reduce_ex__: via_the_host(Tensor.__reduce_ex__),
     Tensor.pin_memory: pin_memory,
     Tensor.is_pinned: is_pinned,
+    Tensor.untyped_storage: untyped_storage,
 }
 
 
