@@ -414,10 +414,9 @@ def test_crops_of_large_pictures_on_the_device_equal_the_cpu(device):
     batch = pictures_of(90, 120)
     u = torch.rand(12, train_msn.DRAWS["crop"])
     boxes = train_msn.crop_boxes(u, batch.sizes.repeat(2, 1), (0.3, 1.0))
-    flip = torch.arange(12) % 2 == 0
 
     def crops(device):
-        return train_msn.crop_by_products(batch.images.to(device), boxes, flip, 24)
+        return train_msn.crop_by_products(batch.images.to(device), boxes, 24)
 
     assert_same_on_the_device(crops, device)
 
@@ -611,7 +610,7 @@ def assert_same_picture(actual: Path, expected: Path, grey_levels: int) -> None:
 
 # The places at which a step of the loop makes the host wait, and why it must.
 STEP_WAITS = {
-    Wait("train_msn.train_step", "item"),  # no weight may change if the loss is not finite
+    Wait("train_msn.check_finite", "item"),  # no weight may change if the loss is not finite
     Wait("train_msn.read", "event"),  # the step before this one: its metrics, and signals
 }
 
