@@ -55,6 +55,7 @@ from train_msn import (
     run_program,
     say,
     schedule_at,
+    send,
     start_processes,
     train_step,
 )
@@ -63,6 +64,7 @@ from vitmsn import (
     ViTMSNConfig,
     ViTMSNForImageClassification,
     ViTMSNModel,
+    autocast,
     normalize,
     num_patches_to_keep,
     write_file,
@@ -209,7 +211,7 @@ def name_text(name) -> str:
 def seconds_of(run: Callable[[Any], Any], x, setup: Setup) -> float:
     """Seconds that run(x) takes, until the device has finished it."""
     # A GPU works on while Python goes ahead. On a CPU there is nothing to wait for.
-    synchronize = getattr(torch, setup.device.type).synchronize
+    synchronize = torch.get_device_module(setup.device).synchronize
 
     synchronize()
     start = setup.clock()
@@ -242,8 +244,8 @@ def peak_memory_here(case: Case, setup: Setup) -> tuple[int, float]:
         run(new_input())
     seconds = time.perf_counter() - start
 
-    if setup.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(), seconds
+    if setup.device.type != "cpu":
+        return torch.get_device_module(setup.device).max_memory_allocated(), seconds
     # Not getrusage: its maximum includes the process that started this one.
     status = Path("/proc/self/status").read_text()
     kibibytes = re.search(r"VmHWM:\s+(\d+)", status)[1]
@@ -254,9 +256,13 @@ def peak_memory_here(case: Case, setup: Setup) -> tuple[int, float]:
 # Only matrix products are counted, as by torch's FlopCounterMode.
 
 
+PEAK_SIDE_CPU = 1024
+PEAK_SIDE_GPU = 8192
+
+
 def matmul_peak(precision: str, setup: Setup) -> float:
     """The best speed of a large square matrix product, in FLOP/s."""
-    side = 8192 if setup.device.type == "cuda" else 1024
+    side = PEAK_SIDE_CPU if setup.device.type == "cpu" else PEAK_SIDE_GPU
     a = torch.randn(side, side, device=setup.device, dtype=getattr(torch, precision))
     seconds = [seconds_of(a.mm, a, setup) for _ in range(5)]
     return 2 * side**3 / min(seconds)
@@ -347,7 +353,7 @@ class ForwardCase(Case):
         model = build(config, self.head).to(self.device, dtype).eval()
         if self.attention == "compiled":
             # At batch 1 a GPU spends most of the time on starting kernels; CUDA graphs spare that.
-            mode = "reduce-overhead" if self.device.type == "cuda" else None
+            mode = None if self.device.type == "cpu" else "reduce-overhead"
             model.compile(mode=mode)
 
         shape = (self.batch, config.num_channels, config.image_size, config.image_size)
@@ -493,7 +499,7 @@ def step_parts(
         return views_of(new_batch())
 
     def forward(views: Views) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with autocast(device, config.precision == "bfloat16"):
             return model(*views, now.sharpening).loss
 
     def new_loss() -> Tensor:
@@ -639,7 +645,7 @@ class ViewsCase(Case):
             return Batch(pixels.permute(0, 3, 1, 2), sizes, [], [])
 
         def views_of(batch: Batch) -> Views:
-            batch = batch._replace(images=batch.images.to(self.device))
+            batch = batch._replace(images=send(batch.images, self.device))
             return make_views(batch, self.config, 0, slice(0, count))
 
         return Timed(new_batch, views_of)
@@ -1095,7 +1101,7 @@ def training_config(args: argparse.Namespace, device: torch.device) -> TrainConf
     settings = {"recipe": recipe}
     if recipe in PRESETS:
         settings["batch_size"] = PRESET_BATCH
-    config = make_config({**settings, **suite.changes, **given, "device": device.type})
+    config = make_config({**settings, **suite.changes, **given, "device": str(device)})
 
     for name in ("focal_size", "focal_scale"):
         if name in given and config.focal_views == 0:
@@ -1122,9 +1128,9 @@ def make_setup(args: argparse.Namespace) -> Setup:
 
 def describe_machine(args: argparse.Namespace, setup: Setup) -> dict:
     """What a reader of the figures must know: processor, threads, clock, speed, versions."""
-    on_gpu = setup.device.type == "cuda"
+    gpu_name = getattr(torch.get_device_module(setup.device), "get_device_name", None)
     machine = {
-        "machine": torch.cuda.get_device_name() if on_gpu else processor_name(),
+        "machine": gpu_name() if gpu_name else processor_name(),
         "threads": setup.threads,
         "clock": setup.clock.__name__,
         "float32 matmul GFLOP/s": matmul_peak("float32", setup) / 1e9,

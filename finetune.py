@@ -67,6 +67,7 @@ from train_msn import (
     save_neighbours,
     save_plot,
     save_sheet,
+    send,
     start_processes,
     to_picture,
     warmup_cosine,
@@ -77,6 +78,7 @@ from vitmsn import (
     MSNEncoder,
     PictureRules,
     ViTMSNModel,
+    autocast,
     load_weights,
     normalize,
     read_pretrained,
@@ -223,7 +225,7 @@ class FinetuneConfig:
     )
 
     # Machine
-    device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    device: str = opt("auto", "auto: a GPU if there is one, else cpu; or any that torch knows")
     precision: str = opt("auto", "bfloat16 is autocast", choices=("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
@@ -340,7 +342,7 @@ def newton_step(x: Tensor, p: Tensor, gradient: Tensor, l2: float) -> Tensor:
     of the gradient, |G| / 10, or of |G|^2 where that is less, near the minimum.
     """
     num_images, dimensions = x.shape
-    identity = torch.eye(dimensions, dtype=x.dtype)
+    identity = torch.eye(dimensions, dtype=x.dtype, device=x.device)
     weight = (p * (1 - p)).mean(dim=-1, keepdim=True)  # m_i
     average_hessian = (x * weight).T @ x / num_images + l2 / num_images * identity  # M
     factor = torch.linalg.cholesky(average_hessian)
@@ -645,7 +647,7 @@ def build_classifier(
         problem_type=None,
         drop_path_rate=config.drop_path_rate,
     )
-    model = Classifier(model_config)
+    model = Classifier(model_config).to(encoder.cls_token.device)
 
     # An untrained encoder comes with pretraining's projection head, which goes.
     model.vit.load_state_dict(without_projection_head(encoder.state_dict()))
@@ -657,8 +659,9 @@ def build_classifier(
         model.classifier.weight.data.copy_(probe / encoder.config.hidden_size**0.5)
 
     # On a CPU the written-out attention is the faster one, in bfloat16 too.
-    model.set_attn_implementation("sdpa" if encoder.cls_token.is_cuda else "eager")
-    return model.to(encoder.cls_token.device)
+    on_cpu = encoder.cls_token.device.type == "cpu"
+    model.set_attn_implementation("eager" if on_cpu else "sdpa")
+    return model
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -741,16 +744,16 @@ def train_classifier(
     for step, chosen in zip(range(steps), batches, strict=False):
         batch = images.__getitems__(chosen)
         pixels = crop_and_flip(
-            batch.images.to(device),
+            send(batch.images, device),
             batch.sizes,
             config.crop_scale,
             model.config.image_size,
             generator,
         )
-        targets = labels[batch.indices].to(device)
+        targets = send(labels[batch.indices], device)
 
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with autocast(device, bfloat16):
             logits = model(pixels).logits
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
         loss.backward()

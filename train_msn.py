@@ -30,9 +30,11 @@ import time
 import unicodedata
 import urllib.request
 from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -45,13 +47,13 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vitmsn import IMAGENET_MEAN, IMAGENET_STD, normalize
+from vitmsn import IMAGENET_MEAN, IMAGENET_STD, constant, normalize
 from vitmsn import FROM_THE_VALUES, PictureRules, TooManyPixels
 from vitmsn import PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNModel
 from vitmsn import deep_values, first_frame, open_picture, orientation_of, turn_upright
 from vitmsn import from_original, read_tensors, to_original, write_file
-from vitmsn import log_assign, num_patches_to_keep, one_process, sample_patches_to_keep
-from vitmsn import sharpen, sinkhorn
+from vitmsn import AllReduce, autocast, log_assign, num_patches_to_keep, one_process
+from vitmsn import sample_patches_to_keep, sharpen, sinkhorn
 
 # ---- Settings: one frozen dataclass, from which the command line is derived ----------------------
 PRECISIONS = ("auto", "float32", "bfloat16", "float64")
@@ -151,7 +153,7 @@ class TrainConfig:
         1.25, "length of the schedules divided by the length of the run", range=(1, 10)
     )
     # Machine
-    device: str = opt("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    device: str = opt("auto", "auto: a GPU if there is one, else cpu; or any that torch knows")
     precision: str = opt("auto", "auto: bfloat16 where fast", choices=PRECISIONS)
     gradient_checkpointing: bool = opt(False, "keep less, compute more")
     compile: bool = opt(False, "torch.compile both encoders: minutes of waiting, then faster steps")
@@ -358,7 +360,7 @@ def make_views(batch: Batch, config: TrainConfig, step: int, my_images: slice) -
     patches_to_keep: list[Tensor | None] = []
     for _ in range(config.random_views):
         drawn = sample_patches_to_keep(config.batch_size, num_patches, config.mask_ratio, generator)
-        patches_to_keep.append(drawn[my_images].to(batch.images.device, non_blocking=True))
+        patches_to_keep.append(send(drawn[my_images], batch.images.device))
     patches_to_keep.extend([None] * config.focal_views)
     return Views(target_view, anchor_views, patches_to_keep)
 
@@ -379,15 +381,15 @@ def views_of_one_size(
         strength = config.color_jitter
         pixels = color_jitter(pixels, strength, jitter, draws["factors"], draws["order"])
 
-    grey = places_of(draws["grey"][:, 0] < config.grey, pixels.device)
+    grey = send(places_of(draws["grey"][:, 0] < config.grey), pixels.device)
     pixels[grey] = to_grey(pixels[grey]).expand(-1, 3, -1, -1)
 
     blurred = draws["blur"][:, 0] < config.blur
     if blurred.any():
         low, high = config.blur_sigma
         sigma = low + (high - low) * draws["blur"][blurred, 1]
-        places = places_of(blurred, pixels.device)
-        pixels[places] = gaussian_blur(pixels[places], sigma.to(pixels.device))
+        places = send(places_of(blurred), pixels.device)
+        pixels[places] = gaussian_blur(pixels[places], send(sigma, pixels.device))
     return normalize(pixels).split(len(batch.images))
 
 
@@ -448,16 +450,17 @@ def train_step(
     now: StepValues,
     clip_grad: float,
     precision: str = "float32",
-) -> tuple[MSNLoss, Tensor]:
+    all_reduce: AllReduce = one_process,
+) -> tuple[MSNLoss, dict[str, float]]:
     """One update of anchor encoder, prototypes and target encoder, from one batch of views.
 
     model: a ViTMSNForPreTraining, or one inside DistributedDataParallel; target_view, anchor_views,
-    patches_to_keep: the fields of Views. Returns the terms of the loss and the norm that the
-    encoder's gradient had before it was clipped. Raises FloatingPointError, before any weight has
-    changed, if the loss or a gradient is not finite.
+    patches_to_keep: the fields of Views. Returns the terms of the loss, and what metrics.csv says
+    of them and of the gradient before it is clipped. Raises FloatingPointError, before any weight
+    has changed, if the loss or a gradient is not finite.
     """
     optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs that memory
-    with torch.autocast(target_view.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with autocast(target_view.device, precision == "bfloat16"):
         terms = model(target_view, anchor_views, patches_to_keep, now.sharpening)
     terms.loss.backward()
 
@@ -465,7 +468,7 @@ def train_step(
     unwrapped = getattr(model, "module", model)  # out of DistributedDataParallel
     encoder_parameters = unwrapped.anchor_encoder.parameters()
     grad_norm = nn.utils.clip_grad_norm_(encoder_parameters, clip_grad, foreach=True)
-    check_finite(terms, grad_norm, unwrapped.prototypes.grad)
+    metrics = read_metrics(terms, grad_norm, unwrapped.prototypes.grad, all_reduce)
 
     for group in optimizer.param_groups:
         group["lr"] = now.lr
@@ -473,7 +476,7 @@ def train_step(
     decaying["weight_decay"] = now.weight_decay
     optimizer.step()
     unwrapped.update_target(now.momentum)
-    return terms, grad_norm
+    return terms, metrics
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -491,7 +494,14 @@ def train(
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
     if content:
         restore(content, model, optimizer)
-    parallel_model = processes.parallel(model)
+    update = partial(
+        train_step,
+        processes.parallel(model),
+        optimizer,
+        clip_grad=config.clip_grad,
+        precision=config.precision,
+        all_reduce=processes.reduce,
+    )
 
     if processes.is_first:
         announce(config, folder, data, model, steps)
@@ -499,24 +509,22 @@ def train(
     stop_signals = StopSignals(at_once=steps.start == 0 and processes.count == 1)
     unreadable = UnreadableFiles()
     my_images = processes.share_of(config.batch_size)
+    batches = load_batches(config, data.train, steps, my_images)
+    inputs = step_inputs(batches, config, steps, my_images, processes.device)
+    inputs = prefetch(inputs, processes.device)
 
-    for step, batch in enumerate(load_batches(config, data.train, steps, my_images), steps.start):
+    for step, (views, unreadable_files) in enumerate(inputs, steps.start):
         seed_drop_path(config.seed, step, processes.rank)
-        batch = batch._replace(images=batch.images.to(processes.device))
-        views = make_views(batch, config, step, my_images)
         now = schedule_at(config, step, steps_per_epoch)
         try:
-            terms, grad_norm = train_step(
-                parallel_model, optimizer, *views, now, config.clip_grad, config.precision
-            )
+            _, metrics = update(*views, now)
         except FloatingPointError as error:
             note = f"step {step}: {error}; the last checkpoint, if any, is in {folder}."
             raise FloatingPointError(note) from None
 
         stop_signals.at_once = False
-        metrics = metrics_of(terms, grad_norm, processes)
         stop = processes.any(stop_signals.received)
-        unreadable.announce(batch.unreadable)
+        unreadable.announce(unreadable_files)
         done = step + 1
 
         if processes.is_first:
@@ -558,16 +566,59 @@ def seed_drop_path(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(generator_for(seed, DROPOUT, step, rank).initial_seed())
 
 
-def check_finite(loss: MSNLoss, grad_norm: Tensor, prototype_grad: Tensor | None) -> None:
-    """Raise FloatingPointError if the loss or a gradient is not finite (None: not learning)."""
-    values = [loss.loss.detach(), grad_norm]
+class StepInput(NamedTuple):
+    """What a step takes from the data set."""
+
+    views: Views
+    unreadable: list[str]  # files for which the next readable one stands in
+
+
+def step_inputs(
+    batches: Iterator[Batch],
+    config: TrainConfig,
+    steps: range,
+    my_images: slice,
+    device: torch.device,
+) -> Iterator[StepInput]:
+    """The views of each step, on the device."""
+    for step, batch in enumerate(batches, steps.start):
+        batch = batch._replace(images=send(batch.images, device))
+        yield StepInput(make_views(batch, config, step, my_images), batch.unreadable)
+
+
+@torch.no_grad()
+def read_metrics(
+    terms: MSNLoss, grad_norm: Tensor, prototype_grad: Tensor | None, all_reduce: AllReduce
+) -> dict[str, float]:
+    """What metrics.csv says of a step: means over all processes, by column.
+
+    Raises FloatingPointError if one of them, or the prototypes' gradient (None: they do not learn),
+    is not finite. Here, once a step, the host waits for the device, which gives all the numbers in
+    one copy.
+    """
+    columns = {
+        "loss": terms.loss,
+        "cross_entropy": terms.cross_entropy,
+        "memax": terms.memax,
+        "entropy": terms.entropy,
+        "prototypes_used": terms.prototypes_used,  # counted over all processes already
+        "top_assignment": terms.top_assignment,
+        "grad_norm": grad_norm,
+    }
+    numbers = list(columns.values())
     if prototype_grad is not None:
-        values.append(prototype_grad.abs().max())
-    if not torch.isfinite(torch.stack(values)).all():  # here the host waits for the device
+        numbers.append(prototype_grad.abs().max())
+    means = all_reduce(torch.stack(numbers), "mean").tolist()
+
+    metrics = dict(zip(columns, means, strict=False))  # without the prototypes' gradient
+    if not all(map(math.isfinite, means)):
         raise FloatingPointError(
-            f"not finite: loss {loss.loss:.4g}, cross-entropy {loss.cross_entropy:.4g}, "
-            f"me-max {loss.memax:.4g}, gradient norm {grad_norm:.4g}"
+            f"not finite: loss {metrics['loss']:.4g}, "
+            f"cross-entropy {metrics['cross_entropy']:.4g}, me-max {metrics['memax']:.4g}, "
+            f"gradient norm {metrics['grad_norm']:.4g}"
         )
+    metrics["prototypes_used"] = int(metrics["prototypes_used"])
+    return metrics
 
 
 class StopSignals:
@@ -656,14 +707,20 @@ def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> T
     else:
         crops = crop_by_products(images, boxes, size)
 
-    flipped = places_of(flip, images.device)
+    flipped = send(places_of(flip), images.device)
     crops[flipped] = crops[flipped].flip(-1)
     return crops
 
 
-def places_of(chosen: Tensor, device: torch.device) -> Tensor:
-    """Where a mask is true. On the CPU, where the mask is, so that nobody waits for the device."""
-    return chosen.nonzero()[:, 0].to(device)
+def places_of(chosen: Tensor) -> Tensor:
+    """Where a mask is true. Masks are on the CPU: from a device, the host would have to wait."""
+    return chosen.nonzero()[:, 0]
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x, from the CPU, on the device. The host goes on at once: from pinned memory, which the
+    system leaves where it is, a device reads by itself."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def crop_one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -692,20 +749,22 @@ def crop_by_products(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     image_size = torch.tensor(images.shape[-2:])
     corner = torch.minimum(boxes[:, :2], image_size - window_size)  # so that no window sticks out
 
+    boxes = send(boxes, images.device)
+    corner = send(corner, images.device)
     start = boxes[:, :2] - corner  # of each box in its window
     row_weights = resize_matrix(start[:, 0], boxes[:, 2], window_height, size) / 255
     column_weights = resize_matrix(start[:, 1], boxes[:, 3], window_width, size)
 
     all_windows = images.unfold(2, window_height, 1).unfold(3, window_width, 1)  # copies nothing
     image = torch.arange(len(boxes), device=images.device) % len(images)
-    top, left = corner.to(images.device).unbind(dim=1)
+    top, left = corner.unbind(dim=1)
     windows = all_windows[image, :, top, left].float()  # (v b) c window_height window_width
 
     # All channels have the same weights, so they go through each product below or beside another.
     channels_below = rearrange(windows, "b c h w -> b (c h) w")
-    narrow = torch.bmm(channels_below, column_weights.to(images.device).transpose(1, 2))
+    narrow = torch.bmm(channels_below, column_weights.transpose(1, 2))
     channels_beside = rearrange(narrow, "b (c h) w -> b h (c w)", h=window_height)
-    crops = torch.bmm(row_weights.to(images.device), channels_beside)
+    crops = torch.bmm(row_weights, channels_beside)
     return rearrange(crops, "b h (c w) -> b c h w", w=size)
 
 
@@ -777,9 +836,9 @@ def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     # a flat top and straight slopes, which is a distance, clamped. Red is full within a sixth of 0
     # and empty within a sixth of 1/2; green and blue are full within a sixth of 1/3 and 2/3. So all
     # channels take the same few steps, without a choice for each pixel, which is fast.
-    centre = hue.new_tensor([1 / 2, 1 / 3, 2 / 3])[:, None, None]
-    slope = hue.new_tensor([6, -6, -6])[:, None, None]
-    height = hue.new_tensor([-1, 2, 2])[:, None, None]
+    centre = constant((1 / 2, 1 / 3, 2 / 3), hue.dtype, hue.device)[:, None, None]
+    slope = constant((6, -6, -6), hue.dtype, hue.device)[:, None, None]
+    height = constant((-1, 2, 2), hue.dtype, hue.device)[:, None, None]
     fullness = torch.addcmul(height, slope, (hue - centre).abs_()).clamp_(0, 1)
     return torch.addcmul(least, chroma, fullness)
 
@@ -800,12 +859,21 @@ def color_jitter(
     spread = strength * torch.tensor([0.8, 0.8, 0.8, 0.2])
     high = middle + spread
     low = torch.where(middle > 0, (middle - spread).clamp(min=0), -spread)  # no factor below 0
-    factors = (low + u_factors * (high - low)).to(pixels.device)[..., None, None, None]
+    factors = send(low + u_factors * (high - low), pixels.device)[..., None, None, None]
 
+    # The images that brightness comes first in, those that contrast comes first in, ... those that
+    # hue comes last in: 16 lists, sent to the device as one.
     order = u_order.argsort(dim=1)  # b 4: which operation comes first, second, ... in each image
+    lists = []
     for place in range(len(COLOR_OPERATIONS)):
+        for kind in range(len(COLOR_OPERATIONS)):
+            lists.append(places_of(apply & (order[:, place] == kind)))
+    lengths = [len(images) for images in lists]
+    lists = iter(send(torch.cat(lists), pixels.device).split(lengths))
+
+    for _ in range(len(COLOR_OPERATIONS)):
         for kind, operation in enumerate(COLOR_OPERATIONS):
-            images = places_of(apply & (order[:, place] == kind), pixels.device)
+            images = next(lists)
             pixels[images] = operation(pixels[images], factors[images, kind])
     return pixels
 
@@ -879,13 +947,20 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     """auto is bfloat16 where matrix products in it are fast: CUDA from Ampere on, CPUs with AMX.
 
     Departure: the official code computes in float32. (Weights and the loss stay float32.)
+    Raises UsageError for a precision that the device does not have.
     """
+    if wanted == "bfloat16" and not torch.amp.is_autocast_available(device.type):
+        raise UsageError(f"precision='bfloat16': torch has none on {device}; use float32.")
+    if wanted == "float64" and device.type == "mps":
+        raise UsageError(f"precision='float64': {device} has none; use float32.")
     if wanted != "auto":
         return wanted
+
+    fast = False
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         fast = major >= 8
-    else:
+    if device.type == "cpu":
         has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not in every torch
         fast = has_amx is not None and has_amx()
     return "bfloat16" if fast else "float32"
@@ -1176,15 +1251,16 @@ def has_several_frames(path: Path, rules: PictureRules) -> bool:
 
 def load_batches(
     config: TrainConfig, images: Dataset, steps: range, my_images: slice
-) -> DataLoader:
+) -> Iterator[Batch]:
     """The Batch of each step, this process's part of the global batch."""
-    return DataLoader(
+    loader = DataLoader(
         images,
         batch_sampler=step_batches(config, len(images), steps, my_images),
         collate_fn=Batch._make,  # a data set gives whole batches
         num_workers=config.num_workers,
         worker_init_fn=ignore_sigterm,
     )
+    return iter(loader)  # this starts the workers
 
 
 def step_batches(
@@ -1200,6 +1276,46 @@ def step_batches(
             order = torch.randperm(num_images, generator=generator_for(config.seed, ORDER, epoch))
         first = place * config.batch_size
         yield order[first:][my_images].tolist()
+
+
+def prefetch(inputs: Iterator[StepInput], device: torch.device) -> Iterator[StepInput]:
+    """The same inputs, each made by a thread while the step before it computes.
+
+    On a device, copies and views are queued in a stream of their own, beside the step's.
+    """
+    module = torch.get_device_module(device)
+    stream = None
+    if device.type != "cpu":
+        if not hasattr(module, "Stream"):  # as of mps: in turn, then
+            yield from inputs
+            return
+        stream = module.Stream(device)
+
+    def make() -> tuple[StepInput | None, Any]:
+        if stream is None:
+            return next(inputs, None), None
+        with module.stream(stream):
+            made = next(inputs, None)
+            return made, stream.record_event()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        ahead = thread.submit(make)
+        while True:
+            current, ready = ahead.result()
+            if current is None:
+                return
+            ahead = thread.submit(make)
+            if stream is not None:
+                take_over(current.views, ready, module.current_stream(device))
+            yield current
+
+
+def take_over(views: Views, ready, stream) -> None:
+    """Let a device's stream of work use views that another one makes, once they are ready."""
+    stream.wait_event(ready)  # the device waits, the host goes on
+    for x in (views.target_view, *views.anchor_views, *views.patches_to_keep):
+        if x is not None:
+            x.record_stream(stream)  # its memory is in use until this stream is done with it
 
 
 def ignore_sigterm(worker: int) -> None:
@@ -1723,7 +1839,9 @@ def embed_images(
         wanted = indices[first : first + batch_size]
         batch = images.__getitems__(wanted)
         readable = [place for place, i in enumerate(wanted) if batch.indices[place] == i]
-        pixels = normalize(squash(batch, size, device)[readable])
+        pixels = normalize(squash(batch, size, device))
+        if len(readable) < len(wanted):
+            pixels = pixels[send(torch.tensor(readable), device)]
         if encoder is None:
             part = pixels.flatten(1)
         else:
@@ -1743,7 +1861,7 @@ def squash(batch: Batch, size: int, device: torch.device) -> Tensor:
     corner = torch.zeros_like(batch.sizes)
     boxes = torch.cat([corner, batch.sizes], dim=1)
     no_flip = torch.zeros(len(boxes), dtype=torch.bool)
-    return crop_and_resize(batch.images.to(device), boxes, no_flip, size)
+    return crop_and_resize(send(batch.images, device), boxes, no_flip, size)
 
 
 def some_of(images: Dataset, count: int) -> list[int]:
@@ -1771,7 +1889,7 @@ def knn_predict(
         similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=-1)
         # Less the largest: that changes no vote and keeps exp() finite at any temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(queries), num_classes)
+        votes = weights.new_zeros(len(queries), num_classes)
         votes.scatter_add_(1, bank_labels[nearest], weights)
         predicted.append(votes.argmax(dim=-1))
     return torch.cat(predicted)
@@ -1969,20 +2087,6 @@ def open_table(path: Path, columns: tuple[str, ...], keep_before: int) -> TextIO
             lines.append(",".join(line.values()))
     write_file(path, "".join(f"{line}\n" for line in lines).encode())
     return open(path, "a", buffering=1, encoding="utf-8")  # each line is written at once
-
-
-def metrics_of(loss: MSNLoss, grad_norm: Tensor, processes: "Processes") -> dict[str, float]:
-    """What metrics.csv says of a step's loss: means over all processes, by column."""
-    values = {
-        "loss": loss.loss,
-        "cross_entropy": loss.cross_entropy,
-        "memax": loss.memax,
-        "entropy": loss.entropy,
-        "top_assignment": loss.top_assignment,
-        "grad_norm": grad_norm,
-    }
-    means = mean_over_processes(values, processes)
-    return {**means, "prototypes_used": loss.prototypes_used.item()}  # counted over all already
 
 
 class Record:
@@ -2247,14 +2351,14 @@ TIMEOUT = timedelta(minutes=20)  # how long processes wait for one another: the 
 
 
 class AllProcesses(torch.autograd.Function):
-    """The sum or the largest over all processes, for msn_loss. op: "sum", whose gradient is the sum
-    of all processes' gradients, or "max", of a detached x."""
+    """The sum, the largest or the mean over all processes, for msn_loss and metrics. op: "sum",
+    whose gradient is the sum of all processes' gradients, or "max" or "mean", of a detached x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, op: str) -> Tensor:
         x = x.contiguous().clone()
-        dist.all_reduce(x, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
-        return x
+        dist.all_reduce(x, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+        return x / dist.get_world_size() if op == "mean" else x
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
@@ -2292,8 +2396,8 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of how many processes this is, on which device it computes, and what reduces (sums up,
-    or takes the largest) over all of them."""
+    """Which of how many processes this is, on which device it computes, and what reduces (to the
+    sum, the largest or the mean) over all of them."""
 
     rank: int
     count: int
@@ -2316,15 +2420,10 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process. All processes must ask."""
-        number = torch.tensor(float(flag), device=self.device)
-        return bool(self.reduce(number, "max"))
-
-
-def mean_over_processes(values: dict[str, Tensor], processes: Processes) -> dict[str, float]:
-    """The mean of each scalar over all processes, by one reduction."""
-    mine = torch.stack(list(values.values())).detach()
-    means = processes.reduce(mine, "sum") / processes.count
-    return dict(zip(values, means.tolist(), strict=True))
+        if self.count == 1:
+            return flag
+        number = torch.full((), float(flag), device=self.device)
+        return bool(self.reduce(number, "max"))  # here the host waits for the device
 
 
 def start_processes(config: TrainConfig) -> Processes:
@@ -2333,30 +2432,67 @@ def start_processes(config: TrainConfig) -> Processes:
     count = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this machine
-    use_gpus = torch.cuda.is_available() and config.device != "cpu"
-    gpus = torch.cuda.device_count() if use_gpus else 0
+    device = find_device(config.device)
 
-    if config.device == "cuda" and not gpus:
-        raise UsageError(
-            "device='cuda' but torch sees no CUDA device (GPU); use --device cpu or a CUDA build."
-        )
     if config.batch_size % count or config.batch_size // count < 2:
         good = max(2, math.ceil(config.batch_size / count)) * count
         raise UsageError(
             f"batch_size={config.batch_size} is no even share, of 2 images or more, for each of "
             f"{count} processes; use {good}."
         )
-    if gpus and local_rank >= gpus:
-        raise UsageError(
-            f"process {local_rank} has no GPU ({gpus} are here); start fewer, or use --device cpu."
-        )
-    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(local_rank)
+    if device.type != "cpu":
+        device = device_of_process(device, local_rank, count)
     if count == 1:
         return Processes(rank, count, device)
-    join_process_group(rank, count, backend="nccl" if gpus else "gloo")
+    join_process_group(rank, count, dist.get_default_backend_for_device(device))
     return Processes(rank, count, device, all_processes)
+
+
+CHOSEN_BY_AUTO = ("cuda", "xpu")  # others, such as mps, are used when they are named
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name such as cpu, cuda or cuda:1; auto: a GPU, or else the CPU. Raises
+    UsageError if it is not there."""
+    if name == "auto":
+        there = [kind for kind in CHOSEN_BY_AUTO if count_devices(torch.device(kind))]
+        return torch.device(there[0] if there else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device={name!r} is not known to torch; use auto, cpu or cuda.") from None
+    if not count_devices(device):
+        raise UsageError(
+            f"device={name!r} but torch sees no {device.type} device (GPU); use --device cpu, or a "
+            f"build of torch for {device.type}."
+        )
+    return device
+
+
+def count_devices(device: torch.device) -> int:
+    """How many devices of this type are there."""
+    try:
+        return torch.get_device_module(device).device_count()
+    except (RuntimeError, AttributeError):  # torch knows the name and has nothing behind it
+        return 0
+
+
+def device_of_process(device: torch.device, local_rank: int, count: int) -> torch.device:
+    """The GPU of this process, from now on the one that is meant without a number. Raises
+    UsageError if there are too few."""
+    gpus = count_devices(device)
+    if device.index is not None and count > 1:
+        raise UsageError(f"device={device} is one for {count} processes; use {device.type}.")
+    index = local_rank if device.index is None else device.index
+    if index >= gpus:
+        raise UsageError(
+            f"process {local_rank} has no GPU {device.type}:{index} ({gpus} are here); start fewer "
+            "processes, or use --device cpu."
+        )
+    module = torch.get_device_module(device)
+    if hasattr(module, "set_device"):  # where there can be more than one
+        module.set_device(index)
+    return torch.device(device.type, index)
 
 
 def join_process_group(rank: int, count: int, backend: str) -> None:
@@ -2982,8 +3118,8 @@ def to_picture(
 ) -> np.ndarray:
     """A normalised image as uint8, its dropped patches in a pale orange. pixels: 3 h w,
     patches_to_keep: r, None for all -> h w 3."""
-    mean = pixels.new_tensor(IMAGENET_MEAN)[:, None, None]
-    std = pixels.new_tensor(IMAGENET_STD)[:, None, None]
+    mean = constant(IMAGENET_MEAN, pixels.dtype, pixels.device)[:, None, None]
+    std = constant(IMAGENET_STD, pixels.dtype, pixels.device)[:, None, None]
     colours = (pixels.float() * std + mean).clamp(0, 1) * 255
     picture = colours.byte().permute(1, 2, 0).cpu().numpy()
     if patches_to_keep is None:

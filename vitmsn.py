@@ -37,10 +37,10 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -626,6 +626,14 @@ def one_process(x: Tensor, op: str) -> Tensor:
     return x
 
 
+def autocast(device: torch.device, bfloat16: bool) -> AbstractContextManager:
+    """Matrix products in bfloat16; with bfloat16=False in the tensors' own type, whatever is set
+    around it. A device without autocast has nothing to switch off."""
+    if not bfloat16 and not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
 def log_assign(z: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
     """log p = log softmax(z . q / τ): the assignment of each z to the prototypes q, in logarithms.
 
@@ -810,7 +818,7 @@ def msn_loss(
     anchors = join_views(anchors, targets, prototypes)
 
     # Departure: float32 even under autocast. The official code has no mixed precision.
-    with torch.autocast(anchors.device.type, enabled=False):
+    with autocast(anchors.device, bfloat16=False):
         dtype = torch.promote_types(prototypes.dtype, torch.float32)
         anchors = anchors.to(dtype)
         targets = targets.to(dtype)
@@ -931,7 +939,6 @@ class ViTMSNForPreTraining(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.prior_exponent = prior_exponent
         self.loss_options = loss_options
 
         self.anchor_encoder = MSNEncoder(config, hidden_dim, output_dim)
@@ -939,6 +946,9 @@ class ViTMSNForPreTraining(nn.Module):
         prototypes = torch.empty(num_prototypes, output_dim).uniform_(-bound, bound)
         self.prototypes = nn.Parameter(prototypes)
         self.target_encoder = copy.deepcopy(self.anchor_encoder).requires_grad_(False)
+
+        log_prior = power_law_prior(num_prototypes, prior_exponent) if prior_exponent else None
+        self.register_buffer("log_prior", log_prior, persistent=False)  # moves with the model
 
     def forward(
         self,
@@ -975,10 +985,7 @@ class ViTMSNForPreTraining(nn.Module):
         options = dict(self.loss_options)
         if sharpening is not None:
             options["sharpening"] = sharpening
-        log_prior = None
-        if self.prior_exponent:
-            log_prior = power_law_prior(len(self.prototypes), self.prior_exponent)
-        return msn_loss(anchors, targets, self.prototypes, log_prior=log_prior, **options)
+        return msn_loss(anchors, targets, self.prototypes, log_prior=self.log_prior, **options)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -1843,10 +1850,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue, in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@cache
+def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor, made once for each device: to copy them there, the host has to wait."""
+    with torch.inference_mode(False):  # else what evaluation made could not be used in training
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 def normalize(pixels: Tensor) -> Tensor:
     """From [0, 1] to mean 0 and standard deviation 1 on ImageNet. pixels: ... c height width."""
-    mean = pixels.new_tensor(IMAGENET_MEAN)
-    std = pixels.new_tensor(IMAGENET_STD)
+    mean = constant(IMAGENET_MEAN, pixels.dtype, pixels.device)
+    std = constant(IMAGENET_STD, pixels.dtype, pixels.device)
     if pixels.shape[-3] != 3:  # grey: the mean of the three
         mean = mean.mean()
         std = std.mean()

@@ -22,7 +22,7 @@ changes nothing here.
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,14 +52,15 @@ class PretendTensor(Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor) -> "PretendTensor":
-        return Tensor._make_wrapper_subclass(
-            cls,
-            values.size(),
-            strides=values.stride(),
-            storage_offset=values.storage_offset(),
-            dtype=values.dtype,
-            device=f"{NAME}:0",
-        )
+        with torch.inference_mode(False):  # which forbids views of such tensors
+            return Tensor._make_wrapper_subclass(
+                cls,
+                values.size(),
+                strides=values.stride(),
+                storage_offset=values.storage_offset(),
+                dtype=values.dtype,
+                device=f"{NAME}:0",
+            )
 
     def __init__(self, values: Tensor):
         self.values = values
@@ -323,6 +324,12 @@ def via_the_host(method: Callable) -> Callable:
     return method_of_a_copy
 
 
+def record_stream(x: Tensor, stream) -> None:
+    """Memory that one stream made is in use by another one, too; here it is never given back."""
+    if not is_ours(x):
+        raise RuntimeError("record_stream is for tensors on a device")
+
+
 def untyped_storage(x: Tensor):
     """Where the values lie: safetensors asks, to find tensors that share memory."""
     return Tensor.untyped_storage(on_cpu(x))
@@ -410,14 +417,18 @@ class DeviceModule:
         def __init__(self, device=None):
             pass
 
-        def wait_stream(self, other) -> None:
+        def record_event(self) -> "DeviceModule.Event":
+            return DeviceModule.Event()
+
+        def wait_event(self, event: "DeviceModule.Event") -> None:
             pass
 
     def current_stream(self, device=None) -> "DeviceModule.Stream":
         return self.Stream()
 
     def stream(self, stream):
-        return nullcontext()
+        """To be used in a thread beside the main one, which has no mode of its own yet."""
+        return HostSide()
 
 
 _module: DeviceModule | None = None
@@ -451,10 +462,12 @@ def plugged_in() -> Iterator[torch.device]:
     """The device, for as long as this context lasts."""
     module = register()
     module.plugged_in = True
+    Tensor.record_stream = record_stream  # C++ takes streams of its own only
     try:
         with HostSide():
             yield torch.device(NAME, 0)
     finally:
         module.plugged_in = False
+        del Tensor.record_stream  # what torch's base class has shows again
         _arrivals.clear()
         _pinned.clear()

@@ -20,7 +20,6 @@ from train_msn import (
     GlobalBatchNorm1d,
     Processes,
     all_processes,
-    mean_over_processes,
     seed_drop_path,
 )
 
@@ -75,11 +74,11 @@ def test_batch_norm_of_features_that_are_all_alike_is_finite_in_float32(value, o
 
 def test_all_processes_hear_of_a_flag_and_have_the_same_mean(one_process_group):
     """A group of one process says what a process without a group says."""
-    values = {"a": torch.tensor(1.5), "b": torch.tensor(-2.0)}
+    values = torch.tensor([1.5, -2.0])
     for reduce in ({}, {"reduce": all_processes}):
         processes = Processes(0, 1, torch.device("cpu"), **reduce)
         assert processes.any(True) is True and processes.any(False) is False
-        assert mean_over_processes(values, processes) == {"a": 1.5, "b": -2.0}
+        assert processes.reduce(values, "mean").tolist() == [1.5, -2.0]
 
 
 @given(st.integers(1, 8), st.integers(2, 9))

@@ -316,14 +316,14 @@ def test_ten_training_steps_leave_the_numbers_of_the_published_code():
         )
         target_view, anchor_views, patches_to_keep = batch_of(golden, step)
         clip_grad = golden.number("cfg/clip_grad")
-        out, grad_norm = train_msn.train_step(
+        out, metrics = train_msn.train_step(
             model, optimizer, target_view, anchor_views, patches_to_keep, now, clip_grad
         )
         records.append(
             {
                 **terms_of(golden, out),
                 **norms_of(model, names),
-                "grad_norm": grad_norm,
+                "grad_norm": torch.tensor(metrics["grad_norm"], dtype=torch.float64),
                 "proto_grad_norm": prototype_gradients[step].norm(),
                 "lr_all": of_groups(optimizer, "lr"),
                 "wd_all": of_groups(optimizer, "weight_decay"),
