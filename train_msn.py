@@ -34,7 +34,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -494,14 +493,8 @@ def train(
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
     if content:
         restore(content, model, optimizer)
-    update = partial(
-        train_step,
-        processes.parallel(model),
-        optimizer,
-        clip_grad=config.clip_grad,
-        precision=config.precision,
-        all_reduce=processes.reduce,
-    )
+    parallel_model = processes.parallel(model)
+    reduce = processes.reduce
 
     if processes.is_first:
         announce(config, folder, data, model, steps)
@@ -517,7 +510,9 @@ def train(
         seed_drop_path(config.seed, step, processes.rank)
         now = schedule_at(config, step, steps_per_epoch)
         try:
-            _, metrics = update(*views, now)
+            _, metrics = train_step(
+                parallel_model, optimizer, *views, now, config.clip_grad, config.precision, reduce
+            )
         except FloatingPointError as error:
             note = f"step {step}: {error}; the last checkpoint, if any, is in {folder}."
             raise FloatingPointError(note) from None
