@@ -504,9 +504,10 @@ def train(
     my_images = processes.share_of(config.batch_size)
     batches = load_batches(config, data.train, steps, my_images)
     inputs = step_inputs(batches, config, steps, my_images, processes.device)
-    inputs = prefetch(inputs, processes.device)
 
-    for step, (views, unreadable_files) in enumerate(inputs, steps.start):
+    for step, (views, unreadable_files) in enumerate(
+        prefetch(inputs, processes.device), steps.start
+    ):
         seed_drop_path(config.seed, step, processes.rank)
         now = schedule_at(config, step, steps_per_epoch)
         try:

@@ -606,6 +606,7 @@ def classification_loss(logits: Tensor, labels: Tensor, config: ViTMSNConfig) ->
 # This section and the next can be copied as they are. They need these imports:
 #     import math
 #     from collections.abc import Callable
+#     from contextlib import AbstractContextManager, nullcontext
 #     from typing import NamedTuple
 #     import torch
 #     import torch.nn.functional as F
@@ -919,6 +920,13 @@ def group_by_shape(views: list[Tensor], patches_to_keep: list[Tensor | None]) ->
     return list(groups.values())
 
 
+@cache
+def prior_on(device: torch.device, num_prototypes: int, exponent: float) -> Tensor:
+    """power_law_prior on a device, copied there once."""
+    with torch.inference_mode(False):  # else what evaluation made could not be used in training
+        return power_law_prior(num_prototypes, exponent).to(device)
+
+
 class ViTMSNForPreTraining(nn.Module):
     """A Masked Siamese Network: anchor encoder and prototypes, which learn, and target encoder.
 
@@ -939,6 +947,7 @@ class ViTMSNForPreTraining(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.prior_exponent = prior_exponent
         self.loss_options = loss_options
 
         self.anchor_encoder = MSNEncoder(config, hidden_dim, output_dim)
@@ -946,9 +955,6 @@ class ViTMSNForPreTraining(nn.Module):
         prototypes = torch.empty(num_prototypes, output_dim).uniform_(-bound, bound)
         self.prototypes = nn.Parameter(prototypes)
         self.target_encoder = copy.deepcopy(self.anchor_encoder).requires_grad_(False)
-
-        log_prior = power_law_prior(num_prototypes, prior_exponent) if prior_exponent else None
-        self.register_buffer("log_prior", log_prior, persistent=False)  # moves with the model
 
     def forward(
         self,
@@ -985,7 +991,11 @@ class ViTMSNForPreTraining(nn.Module):
         options = dict(self.loss_options)
         if sharpening is not None:
             options["sharpening"] = sharpening
-        return msn_loss(anchors, targets, self.prototypes, log_prior=self.log_prior, **options)
+        log_prior = None
+        if self.prior_exponent:
+            device = self.prototypes.device
+            log_prior = prior_on(device, len(self.prototypes), self.prior_exponent)
+        return msn_loss(anchors, targets, self.prototypes, log_prior=log_prior, **options)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:

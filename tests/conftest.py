@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pretend_device
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -21,6 +22,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("vitmsn")
+
+# The first backward pass of a process starts a thread for each device that torch knows by then.
+if not pretend_device.MISSING:
+    pretend_device.register()
 
 
 @pytest.fixture(autouse=True)
