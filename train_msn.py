@@ -259,7 +259,7 @@ RECIPE_LINES = {
 }
 
 # ---- Random numbers: each draw is a function of the seed and of what it is for -------------------
-ORDER, VIEWS, MASKS, DROPOUT, IMAGES, CHOICE = range(6)  # streams, for generator_for
+ORDER, VIEWS, MASKS, DROPOUT, IMAGES, CHOICE, PAIRS = range(7)  # streams, for generator_for
 
 
 def generator_for(seed: int, *stream: int) -> torch.Generator:
@@ -1905,6 +1905,104 @@ def knn_accuracy(
     return (predicted == data.val_labels[val_kept]).float().mean().item()
 
 
+def compare_with_labels(
+    encoders: dict[str, ViTMSNModel], data: Images, config: TrainConfig, device: torch.device
+) -> dict[str, float]:
+    """Print the accuracy by k-NN of each encoder and of raw pixels. -> the same, by name."""
+    accuracies = {}
+    for name, encoder in {**encoders, "raw pixels": None}.items():
+        accuracies[name] = round(knn_accuracy(encoder, data, config, device), 4)
+        print(f"k-NN accuracy, {name + ':':<19} {accuracies[name]:.3f}", flush=True)
+    return accuracies
+
+
+# ---- Evaluation without labels: are two views of an image each other's nearest? ------------------
+class Agreement(NamedTuple):
+    """What features of two views of n images show without labels; 1 / n and 1 if all are alike."""
+
+    # Share of the images whose two views are each other's nearest, by cosine similarity.
+    mutual_nearest: float
+    # How many directions the features fill, from 1 to d: exp of the entropy of their singular
+    # values, scaled to sum to 1 (RankMe, arXiv 2210.02885). A high rank alone proves nothing:
+    # random features have it, too.
+    rank: float
+
+
+def agreement_of(features: Tensor) -> Agreement:
+    """features: 2 n d, of two views of each image."""
+    first, second = F.normalize(features.double(), dim=-1)
+    similarity = first @ second.T
+    images = torch.arange(len(first))
+    nearest_second = similarity.argmax(dim=1)
+    nearest_first = similarity.argmax(dim=0)
+    mutual = (nearest_second == images) & (nearest_first == images)
+
+    singular_values = torch.linalg.svdvals(first)
+    share = singular_values / singular_values.sum()
+    rank = torch.special.entr(share).sum().exp()
+    return Agreement(mutual.double().mean().item(), rank.item())
+
+
+@torch.no_grad()
+def embed_pairs(
+    encoder: ViTMSNModel,
+    images: Dataset,
+    indices: list[int],
+    config: TrainConfig,
+    device: torch.device,
+    batch_size: int = 256,
+) -> Tensor:
+    """Features of two target views of each image, on the CPU. -> 2 n d, without unreadable ones."""
+    draws = draw_views(len(indices), 2, generator_for(config.seed, PAIRS))
+    was_training = encoder.training
+    encoder.eval()
+    features = []
+    for first in range(0, len(indices), batch_size):
+        part = slice(first, first + batch_size)
+        batch = images.__getitems__(indices[part])
+        batch = batch._replace(images=batch.images.to(device))
+        own_draws = {name: numbers[:, part] for name, numbers in draws.items()}
+        views = views_of_one_size(batch, own_draws, config, config.image_size, config.crop_scale)
+
+        readable = torch.tensor(batch.indices) == torch.tensor(indices[part])
+        of_both = []
+        for view in views:
+            seen = view[places_of(readable, view.device)]
+            of_both.append(encoder.representation(seen, interpolate_pos_encoding=True))
+        features.append(torch.stack(of_both).float().cpu())
+    encoder.train(was_training)
+    return torch.cat(features, dim=1)
+
+
+def compare_without_labels(
+    encoders: dict[str, ViTMSNModel], data: Images, config: TrainConfig, device: torch.device
+) -> dict[str, dict]:
+    """Print the agreement of each encoder, on a thousand training images. -> the same, by name."""
+    indices = some_of(data.train, 1000)
+    print(
+        f"no labels, so two target views of each of {len(indices)} training images are compared:\n"
+        f"{'':<19}  each other's nearest  rank, at most {config.hidden_size}",
+        flush=True,
+    )
+    agreements = {}
+    for name, encoder in encoders.items():
+        agreement = agreement_of(embed_pairs(encoder, data.train, indices, config, device))
+        print(agreement_line(name, agreement), flush=True)
+        agreements[name] = {key: round(value, 4) for key, value in agreement._asdict().items()}
+    print(
+        f"{agreement_line('complete collapse', Agreement(1 / len(indices), 1.0))}\n"
+        "A run that collapses finds hardly more pairs than its untrained encoder, and its rank "
+        "falls.",
+        flush=True,
+    )
+    return agreements
+
+
+def agreement_line(name: str, agreement: Agreement) -> str:
+    """A line of the table of compare_without_labels."""
+    return f"{name:<19}  {agreement.mutual_nearest:>20.3f}  {agreement.rank:>4.1f}"
+
+
 # ---- The run's folder: which one, settings, metrics, checkpoints ---------------------------------
 RUNS = Path("runs")
 LOSS_COLUMNS = ("loss", "cross_entropy", "memax", "entropy", "prototypes_used", "top_assignment")
@@ -2308,22 +2406,21 @@ def finish_run(
     processes: "Processes",
 ) -> None:
     """Write the encoder as a folder that transformers loads, the pictures, and summary.json with a
-    comparison: what does k-NN get right without any training?"""
+    comparison: what are features worth without any training?"""
     device = processes.device
     save_encoder(folder / "encoder", model, config)
 
-    summary = {"step": step, "minutes": round(elapsed / 60, 2)}
     alone = Processes(0, 1, device)  # no other process takes part in this
     twin = build_model(replace(config, init_from="", compile=False), alone)
+    candidates = {
+        "target encoder": model.target_encoder,
+        "untrained encoder": twin.target_encoder,
+    }
+    summary = {"step": step, "minutes": round(elapsed / 60, 2)}
     if data.val is not None:
-        candidates = {
-            "target encoder": model.target_encoder,
-            "untrained encoder": twin.target_encoder,
-            "raw pixels": None,
-        }
-        for name, candidate in candidates.items():
-            summary[name] = round(knn_accuracy(candidate, data, config, device), 4)
-            print(f"k-NN accuracy, {name + ':':<19} {summary[name]:.3f}", flush=True)
+        summary.update(compare_with_labels(candidates, data, config, device))
+    else:
+        summary.update(compare_without_labels(candidates, data, config, device))
 
     # From here on the twin has the trained weights. In `model`, batch norm in the projection head
     # would wait for the other processes.

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -417,3 +419,83 @@ def test_slow_bfloat16_is_said_before_it_starts(bfloat16, says, monkeypatch, cap
     assert says in line and bool(says) == bool(line)
     train_msn.warn_of_slow_precision("float32", torch.device("cpu"))
     assert capsys.readouterr().err == ""
+
+
+# ---- After a run without labels ------------------------------------------------------------------
+
+
+@given(n=st.integers(2, 20), d=st.integers(1, 20), seed=st.integers(0, 9))
+def test_of_a_collapsed_encoder_one_pair_of_views_agrees_and_the_rank_is_one(n, d, seed):
+    """If all features are alike, whatever their lengths, nothing is left of either figure."""
+    lengths = torch.rand(2, n, 1, generator=torch.Generator().manual_seed(seed)) + 0.5
+    collapsed = lengths * torch.eye(d)[0]
+    agreement = train_msn.agreement_of(collapsed)
+    assert agreement.mutual_nearest == pytest.approx(1 / n)
+    assert agreement.rank == pytest.approx(1)
+
+
+@given(n=st.integers(2, 12), twins=st.integers(0, 6), seed=st.integers(0, 9))
+def test_pairs_are_counted_and_directions_too(n, twins, seed):
+    """Of images with a direction each, those agree whose views do; in any order, at any scale."""
+    twins = min(twins, n - 2)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.eye(n)
+    second = torch.eye(n)
+    second[twins:] = second[twins:].roll(1, dims=0)  # a view of another image
+    order = torch.randperm(n, generator=generator)
+    scale = torch.rand(2, n, 1, generator=generator) + 0.5
+    agreement = train_msn.agreement_of(scale * torch.stack([first, second])[:, order])
+    assert agreement.mutual_nearest == pytest.approx(twins / n)
+    assert agreement.rank == pytest.approx(n)
+
+
+def test_to_be_the_nearest_must_be_mutual():
+    """A view that is nearest to many others counts once, for the one that is nearest to it."""
+    first = torch.eye(3)
+    second = torch.tensor([[1.0, 0.9, 0.9], [0.0, -1.0, 0.0], [0.0, 0.0, -1.0]])
+    agreement = train_msn.agreement_of(torch.stack([first, second]))
+    assert agreement.mutual_nearest == pytest.approx(1 / 3)
+
+
+def test_a_run_without_labels_says_what_its_features_are_worth(tmp_path, capsys):
+    """Trained, untrained and collapsed stand below each other, and in summary.json."""
+    for i, path in enumerate(sorted(make_pictures(tmp_path / "labelled").rglob("*.png"))):
+        path.rename(tmp_path / f"{i}.png")
+    shutil.rmtree(tmp_path / "labelled")
+    flags = [*TINY, "--data", tmp_path, "--output-dir", tmp_path / "run", "--max-steps", "2"]
+    assert run_here(*flags) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("no labels, so two"))
+    assert "each of 30 training images" in lines[start]
+    table = [line.rsplit(maxsplit=2) for line in lines[start + 2 : start + 5]]
+    assert [name for name, _, _ in table] == [
+        "target encoder",
+        "untrained encoder",
+        "complete collapse",
+    ]
+    assert table[2][1:] == ["0.033", "1.0"]
+
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for name, found, rank in table[:2]:
+        assert float(found) == pytest.approx(summary[name]["mutual_nearest"], abs=6e-4)
+        assert float(rank) == pytest.approx(summary[name]["rank"], abs=6e-2)
+        assert 1 <= summary[name]["rank"] <= 16
+
+
+def test_pairs_of_views_are_the_same_in_batches_of_any_size(tmp_path):
+    """Views are a function of the seed and the image; an unreadable picture has none."""
+    make_pictures(tmp_path, count=8)
+    flags = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1}
+    config = make_config({**flags, "num_attention_heads": 2, "data": str(tmp_path)})
+    cpu = torch.device("cpu")
+    encoder = train_msn.build_model(config, train_msn.Processes(0, 1, cpu)).target_encoder
+    Path(train_msn.open_data(config).train.paths[3]).write_bytes(b"damaged")
+    data = train_msn.open_data(config)
+
+    indices = [0, 2, 3, 4, 7]
+    whole = train_msn.embed_pairs(encoder, data.train, indices, config, cpu)
+    parts = train_msn.embed_pairs(encoder, data.train, indices, config, cpu, batch_size=2)
+    assert whole.shape == (2, 4, 16)
+    torch.testing.assert_close(whole, parts)
+    assert not torch.allclose(whole[0], whole[1])  # two views, not one twice
