@@ -1960,14 +1960,14 @@ def embed_pairs(
     for first in range(0, len(indices), batch_size):
         part = slice(first, first + batch_size)
         batch = images.__getitems__(indices[part])
-        batch = batch._replace(images=batch.images.to(device))
+        batch = batch._replace(images=send(batch.images, device))
         own_draws = {name: numbers[:, part] for name, numbers in draws.items()}
         views = views_of_one_size(batch, own_draws, config, config.image_size, config.crop_scale)
 
         readable = torch.tensor(batch.indices) == torch.tensor(indices[part])
         of_both = []
         for view in views:
-            seen = view[places_of(readable, view.device)]
+            seen = view[send(places_of(readable), device)]
             of_both.append(encoder.representation(seen, interpolate_pos_encoding=True))
         features.append(torch.stack(of_both).float().cpu())
     encoder.train(was_training)
