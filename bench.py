@@ -3,6 +3,7 @@
     python bench.py                    # eager against SDPA attention, batches of 1, 2, 4 and 8
     python bench.py inference --preset small-16 --threads 1 --against transformers
     python bench.py train --help       # what can be changed in a suite
+    python bench.py gpu                # all that needs a GPU: checks and times, in 25 minutes
 
 The suites: inference (forward passes), train (a training step and its parts), masking (what dropped
 patches save), growth (what a larger picture, batch, ... costs), views (our views against Pillow's).
@@ -14,16 +15,26 @@ peak memory in MiB follows. Lines are printed as soon as they are known; stderr 
 """
 
 import argparse
+import gc
 import importlib
+import importlib.util
+import io
 import json
 import math
+import platform
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +43,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from train_msn import (
     VIEWS,
     Batch,
+    Images,
     Processes,
+    StepValues,
     TrainConfig,
     UsageError,
     Views,
@@ -46,27 +61,43 @@ from train_msn import (
     clock_time,
     crop_boxes,
     draw_views,
+    embed_images,
     first_look,
     generator_for,
+    knn_predict,
     make_config,
     make_views,
+    open_data,
     parameter_groups,
+    read_checkpoint,
     recipe_settings,
+    restore_weights,
     run_program,
     say,
     schedule_at,
     send,
+    settle,
     start_processes,
+    synthetic_images,
+    train,
     train_step,
 )
 from vitmsn import (
+    IMAGENET_STD,
     PRESETS,
+    MSNEncoder,
     ViTMSNConfig,
     ViTMSNForImageClassification,
+    ViTMSNForPreTraining,
     ViTMSNModel,
     autocast,
+    eager_attention,
+    from_original,
+    msn_loss,
     normalize,
     num_patches_to_keep,
+    sdpa_attention,
+    sinkhorn,
     write_file,
 )
 
@@ -214,10 +245,23 @@ def seconds_of(run: Callable[[Any], Any], x, setup: Setup) -> float:
     synchronize = torch.get_device_module(setup.device).synchronize
 
     synchronize()
+    if setup.device.type == "cuda":
+        return seconds_by_events(run, x)
     start = setup.clock()
     run(x)
     synchronize()
     return setup.clock() - start
+
+
+def seconds_by_events(run: Callable[[Any], Any], x) -> float:
+    """Seconds on the GPU's own clock, from when it could begin with run(x) until it is done."""
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    start.record()
+    run(x)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000  # from milliseconds
 
 
 def peak_memory(name, case: Case, setup: Setup, progress: Progress) -> float:
@@ -344,6 +388,7 @@ class ForwardCase(Case):
     precision: str
     batch: int
     device: torch.device
+    compiler: str = "inductor"  # backend of torch.compile
 
     def prepare(self) -> Timed:
         implementation = "eager" if self.attention == "eager" else "sdpa"
@@ -354,7 +399,7 @@ class ForwardCase(Case):
         if self.attention == "compiled":
             # At batch 1 a GPU spends most of the time on starting kernels; CUDA graphs spare that.
             mode = None if self.device.type == "cpu" else "reduce-overhead"
-            model.compile(mode=mode)
+            model.compile(backend=self.compiler, mode=mode)
 
         shape = (self.batch, config.num_channels, config.image_size, config.image_size)
 
@@ -431,6 +476,7 @@ def inference_cases(
                 precision=precision,
                 batch=batch,
                 device=setup.device,
+                compiler=args.compiler,
             )
     return cases
 
@@ -469,22 +515,31 @@ class StepCase(Case):
     attention: str  # of the anchor encoder: "eager", "sdpa" or AS_TRAINED
     source_size: list[int]  # height and width of the pictures
     device: torch.device
+    compiler: str | None = None  # of compile_encoders
 
     def prepare(self) -> Timed:
-        return step_parts(self.config, self.attention, self.source_size, self.device)["step"]
+        parts = step_parts(
+            self.config, self.attention, self.source_size, self.device, self.compiler
+        )
+        return parts["step"]
 
     def work(self) -> float:
         return step_flops(self.config)
 
 
 def step_parts(
-    config: TrainConfig, attention: str, source_size: list[int], device: torch.device
+    config: TrainConfig,
+    attention: str,
+    source_size: list[int],
+    device: torch.device,
+    compiler: str | None = None,
 ) -> dict[str, Timed]:
     """A pretraining step ("step") and each of its parts, all of one model; arguments as StepCase's.
 
     The input of each part is what the parts before it make, and is not timed.
     """
     model = build_model(config, Processes(0, 1, device))
+    compile_encoders(model, compiler)
     if attention != AS_TRAINED:
         model.anchor_encoder.set_attn_implementation(attention)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
@@ -522,6 +577,14 @@ def step_parts(
         "optimizer": Timed(nothing, update_weights),
         "EMA": Timed(nothing, update_target),
     }
+
+
+def compile_encoders(model: ViTMSNForPreTraining, compiler: str | None) -> None:
+    """What --compile of train_msn.py does, by any backend of torch.compile; None: nothing."""
+    if compiler:
+        torch.compiler.reset()  # of one function, torch keeps eight compiled ones and no more
+        model.anchor_encoder.compile(backend=compiler)
+        model.target_encoder.compile(backend=compiler)
 
 
 def train_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> Iterator[dict]:
@@ -790,6 +853,1238 @@ def views_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> 
     }
 
 
+# ---- The report of a GPU: python bench.py gpu ----------------------------------------------------
+# One command for all that needs a GPU. A part of the report is a function that yields lines, each
+# with the title of the table that it belongs to. The parts come first, then how long each takes
+# (REPORT_PARTS), then the command. Without a GPU they run at toy size.
+
+
+@dataclass(frozen=True)
+class ReportSize:
+    """How large the parts of the report are."""
+
+    name: str
+    changes: dict[str, Any]  # of the settings of every recipe
+    attention_shape: tuple[int, ...]  # b h n dh, of part 1
+    precisions: tuple[str, ...]  # of forward passes
+    batch_sizes: tuple[int, ...]  # of forward passes
+    compiled_batch_sizes: tuple[int, ...]  # fewer, because each takes half a minute to compile
+    run_steps: int  # of the run that is killed and resumed
+    checked_precisions: tuple[str, ...]  # in which compiled steps are checked
+    step_recipes: tuple[str, ...]
+    smallest_batch: int  # from here on, a step's batch is doubled while it fits into the memory
+    largest_batch: int
+    masking_batch_sizes: dict[str, int]  # recipe -> images a step
+    views_batch: int
+    pillow_batch: int
+    source_size: list[int]  # height and width of the pictures
+    compiler: str  # backend of torch.compile
+    imagenette: dict[str, Any]  # changes of the recipe imagenette-128
+    imagenette_epochs: int  # between two evaluations
+
+
+FULL = ReportSize(
+    name="full",
+    changes={},
+    attention_shape=(4, 12, 197, 64),  # that of base-16
+    precisions=("float32", "float16", "bfloat16"),
+    batch_sizes=(1, 2, 4, 8),
+    compiled_batch_sizes=(1, 8),
+    run_steps=200,
+    checked_precisions=("float32", "bfloat16"),
+    step_recipes=("small-16", "base-16"),
+    smallest_batch=32,
+    largest_batch=2048,
+    masking_batch_sizes={"small-16": 64, "large-7": 4},
+    views_batch=128,
+    pillow_batch=16,
+    source_size=[375, 500],  # the commonest size of ImageNet's pictures
+    compiler="inductor",
+    imagenette={},
+    imagenette_epochs=25,
+)
+TOY = ReportSize(
+    name="toy",
+    changes={
+        "image_size": 32,
+        "patch_size": 8,
+        "focal_size": 16,
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+        "head_hidden_size": 16,
+        "output_dim": 8,
+        "num_prototypes": 8,
+    },
+    attention_shape=(2, 3, 17, 8),
+    precisions=("float32",),
+    batch_sizes=(1, 2),
+    compiled_batch_sizes=(1,),
+    run_steps=8,
+    checked_precisions=("float32",),
+    step_recipes=("small-16",),
+    smallest_batch=2,
+    largest_batch=4,
+    masking_batch_sizes={"small-16": 4},
+    views_batch=4,
+    pillow_batch=2,
+    source_size=[40, 50],
+    compiler="eager",  # traces as the other does, and compiles nothing
+    imagenette={"batch_size": 4, "epochs": 2},
+    imagenette_epochs=1,
+)
+
+
+@dataclass
+class Report:
+    """What all parts share."""
+
+    size: ReportSize
+    setup: Setup
+    data: str  # the folder of Imagenette, or "" without it
+    path: Path  # the file
+    content: dict  # of the file
+    earlier: dict  # what the file held before, of unfinished parts too
+    deadline: float  # of time.monotonic()
+    errors: dict[str, str] = field(default_factory=dict)  # part -> why it ended early
+
+    @property
+    def device(self) -> torch.device:
+        return self.setup.device
+
+    def config(self, recipe: str, **changes) -> TrainConfig:
+        """The settings of a recipe, at the size of this report."""
+        device = {"device": self.device.type}
+        return make_config({"recipe": recipe, **device, **self.size.changes, **changes})
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def save(self) -> None:
+        write_file(self.path, json.dumps(self.content, indent=2, default=str).encode())
+
+
+Line = tuple[str, dict]  # title of a table, and a record of it
+
+
+class NoProgress(Progress):
+    """For what is timed without a word."""
+
+    def __init__(self):
+        self.work_left = 0.0
+
+    def show(self, where: str) -> None:
+        pass
+
+    def saw_run(self, work: float, seconds: float) -> None:
+        pass
+
+
+def time_quietly(timed: dict[str, Timed], setup: Setup) -> dict[str, dict[str, float]]:
+    """time_in_turn, without a word."""
+    return time_in_turn(timed, dict.fromkeys(timed, 0.0), setup, NoProgress())
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what is gone to a GPU: models, batches, what was compiled; start its peak anew."""
+    if device.type == "cuda":
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+# ---- Report, part 1: does the GPU compute what the CPU computes?
+
+GOLDEN = Path(__file__).resolve().parent / "tests" / "golden"
+SDPA_BACKENDS = ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
+
+# How far attention may be off what it is in float64, as a share of the largest number.
+PRECISION_LIMITS = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2}
+
+
+class NotAvailable(Exception):
+    """Something that this device does not have, which is no mistake."""
+
+
+def correctness_part(report: Report) -> Iterator[Line]:
+    """The GPU computes what the CPU computes; if a line says "WRONG", no time below means much."""
+    groups = (golden_checks, attention_checks, device_checks, compile_checks, run_checks)
+    for group in groups:
+        for record in group(report):
+            yield "correctness", record
+        free_memory(report.device)
+
+
+def check(what: str, difference: Callable[[], float], limit: float) -> dict:
+    """A record of part 1: a difference, which must not be above its limit.
+
+    The difference is that of `distance`, where nothing else is said.
+    """
+    record = {"check": what, "difference": None, "limit": limit}
+    try:
+        record["difference"] = difference()
+        record["verdict"] = "ok" if record["difference"] <= limit else "WRONG"  # so is NaN
+    except NotAvailable as reason:
+        record["verdict"] = f"not available: {reason}"
+    except Exception as error:  # whatever it is, the other checks can go on
+        record["verdict"] = f"WRONG: {type(error).__name__}: {' '.join(str(error).split())}"
+    return record
+
+
+def no_difference(what: str, verdict: str) -> dict:
+    """A record of part 1 that only says something."""
+    return {"check": what, "difference": None, "limit": None, "verdict": verdict}
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the largest expected number."""
+    actual = actual.detach().cpu().double()
+    expected = expected.detach().cpu().double()
+    largest = expected.abs().max().item() or 1.0
+    return (actual - expected).abs().max().item() / largest
+
+
+# The golden numbers, in float32: tests/golden/README.md says what they are. (The tests compare them
+# in float64, which not every device has.)
+
+
+def golden_checks(report: Report) -> Iterator[dict]:
+    """The published code's numbers, on the device."""
+    if not GOLDEN.is_dir():
+        yield no_difference("golden numbers", "not available: there is no folder tests/golden")
+        return
+    device = report.device
+    yield check("golden: loss, gradients", partial(golden_loss, device), 1e-4)
+    yield check("golden: Sinkhorn", partial(golden_sinkhorn, device), 1e-4)
+    yield check("golden: encoder", partial(golden_encoder, device), 1e-3)
+    yield check("golden: ten training steps", partial(golden_training, device), 1e-3)
+
+
+def golden_arrays(name: str, device: torch.device) -> dict[str, Tensor]:
+    """The numbers of a golden file, those with a fraction as float32."""
+    arrays = {}
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        for key in file.files:
+            array = file[key]
+            if array.dtype.kind in "iufb":  # others are names
+                value = torch.from_numpy(np.array(array))
+                value = value.float() if value.is_floating_point() else value
+                arrays[key] = value.to(device)
+    return arrays
+
+
+def below(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The arrays whose names begin with a prefix, by the rest of their names."""
+    return {
+        key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)
+    }
+
+
+def golden_loss(device: torch.device) -> float:
+    """The largest distance of any case: loss, targets and gradients."""
+    arrays = golden_arrays("loss", device)
+    distances = []
+    for i in range(int(arrays["num_cases"])):
+        case = below(arrays, f"c{i}_")
+        anchors = case["anchors"].requires_grad_()
+        prototypes = case["prototypes"].requires_grad_()
+        out = msn_loss(
+            anchors,
+            case["targets"],
+            prototypes,
+            temperature=case["tau"].item(),
+            sharpening=case["sharpen"].item(),
+            label_smoothing=case["smoothing"].item(),
+            sinkhorn_iterations=3 * int(case["sinkhorn"]),
+            memax_weight=int(case["use_memax"]) * case["w_memax"].item(),
+            entropy_weight=int(case["use_entropy"]) * case["w_ent"].item(),
+        )
+        out.loss.backward()
+        distances += [
+            distance(out.loss, case["total"]),
+            distance(out.target_assignments, case["assignment"]),
+            distance(anchors.grad, case["grad_anchors"]),
+            distance(prototypes.grad, case["grad_prototypes"]),
+        ]
+    return max(distances)
+
+
+def golden_sinkhorn(device: torch.device) -> float:
+    """The largest distance of any case, after three iterations."""
+    arrays = golden_arrays("sinkhorn", device)
+    distances = []
+    for i in range(int(arrays["num_cases"])):
+        balanced = sinkhorn(arrays[f"s{i}_in"].log(), iterations=3).exp()
+        distances.append(distance(balanced, arrays[f"s{i}_out3"]))
+    return max(distances)
+
+
+def golden_config(arrays: dict[str, Tensor], weights: dict[str, Tensor]) -> ViTMSNConfig:
+    """The architecture of a golden file, one of whose encoders has these weights."""
+    return ViTMSNConfig(
+        hidden_size=int(arrays["dim"]),
+        num_hidden_layers=int(arrays["depth"]),
+        num_attention_heads=int(arrays["heads"]),
+        intermediate_size=len(weights["blocks.0.mlp.fc1.weight"]),
+        image_size=int(arrays["img"]),
+        patch_size=int(arrays["patch"]),
+    )
+
+
+def golden_encoder(device: torch.device) -> float:
+    """The largest distance of the projections of whole, masked and small images."""
+    arrays = golden_arrays("backbone", device)
+    weights = below(arrays, "w/")
+    encoder = MSNEncoder(
+        golden_config(arrays, weights), int(arrays["hidden"]), int(arrays["out"])
+    ).to(device)
+    encoder.load_state_dict(from_original(weights))
+
+    x = arrays["x"]
+    small = arrays["x_small"]
+    views = [x, x.flip(-1), small, small.flip(-2)]
+    patches_to_keep = arrays["keep"].expand(len(x), -1)
+    projections = encoder(views, [patches_to_keep, patches_to_keep, None, None]).flatten(0, 1)
+    whole = encoder([x], [None])[0]  # batch statistics: the call before this one changes nothing
+    return max(distance(projections, arrays["multi_train"]), distance(whole, arrays["proj_train"]))
+
+
+def golden_training(device: torch.device) -> float:
+    """The largest distance of losses and gradient norms in ten updates."""
+    arrays = golden_arrays("train", device)
+    model = golden_model(arrays).to(device)
+    decay = arrays["step_wd"][0].item()
+    optimizer = torch.optim.AdamW(parameter_groups(model, decay), eps=arrays["adam_eps"].item())
+
+    losses = []
+    norms = []
+    for step in range(int(arrays["steps"])):
+        now = StepValues(
+            lr=arrays["step_lr"][step].item(),
+            weight_decay=arrays["step_wd"][step].item(),
+            momentum=arrays["step_ema"][step].item(),
+            sharpening=arrays["step_T"][step].item(),
+        )
+        views = golden_views(arrays, step)
+        _, metrics = train_step(model, optimizer, *views, now, arrays["cfg/clip_grad"].item())
+        losses.append(metrics["loss"])
+        norms.append(metrics["grad_norm"])
+    return max(
+        distance(torch.tensor(losses), arrays["step_total"]),
+        distance(torch.tensor(norms), arrays["step_grad_norm"]),
+    )
+
+
+def golden_model(arrays: dict[str, Tensor]) -> ViTMSNForPreTraining:
+    """The model of train.npz before its first step."""
+    weights = below(arrays, "init/")
+    model = ViTMSNForPreTraining(
+        golden_config(arrays, weights),
+        int(arrays["hidden"]),
+        int(arrays["out"]),
+        int(arrays["K"]),
+        temperature=arrays["cfg/temperature"].item(),
+        memax_weight=arrays["cfg/memax_weight"].item(),
+    )
+    model.anchor_encoder.load_state_dict(from_original(weights))
+    model.target_encoder.load_state_dict(from_original(weights))
+    with torch.no_grad():
+        model.prototypes.copy_(arrays["init_prototypes"])
+    return model
+
+
+def golden_views(arrays: dict[str, Tensor], step: int) -> Views:
+    """The views of an update: the stored batches come again and again."""
+    large = arrays["views_large"]
+    small = arrays["views_small"]
+    batch = step % len(large)
+    target_view, *random_views = large[batch]
+    focal_views = list(small[batch])
+    patches_to_keep = arrays["keep"][step].expand(len(target_view), -1)
+    masks = [patches_to_keep] * len(random_views) + [None] * len(focal_views)
+    return Views(target_view, [*random_views, *focal_views], masks)
+
+
+def attention_checks(report: Report) -> Iterator[dict]:
+    """Attention in each number format, eager and by each kernel that SDPA can choose from."""
+    for precision, limit in PRECISION_LIMITS.items():
+        for name in ("eager", *SDPA_BACKENDS):
+            what = f"attention: {name.lower()} in {precision} = eager in float64"
+            difference = partial(attention_difference, name, precision, report)
+            yield check(what, difference, limit)
+
+
+def attention_difference(name: str, precision: str, report: Report) -> float:
+    """The largest distance of outputs and gradients, for queries of all tokens and of one.
+
+    name: "eager" or a kernel of SDPA.
+    """
+    b, h, n, dh = report.size.attention_shape
+    torch.manual_seed(0)
+    distances = []
+    for num_queries in (n, 1):  # 1: the class token's, in the last layer
+        shapes = [(b, h, num_queries, dh), (b, h, n, dh), (b, h, n, dh)]
+        inputs = [torch.randn(shape).to(getattr(torch, precision)) for shape in shapes]
+        weights = torch.randn(shapes[0])
+
+        expected = attention_and_gradients(
+            eager_attention, [x.double() for x in inputs], weights.double()
+        )
+        on_device = [x.to(report.device) for x in inputs]
+        attend = eager_attention if name == "eager" else partial(attend_by_kernel, name)
+        actual = attention_and_gradients(attend, on_device, weights.to(on_device[0]))
+        distances += [distance(*pair) for pair in zip(actual, expected, strict=True)]
+    return max(distances)
+
+
+def attention_and_gradients(
+    attend: Callable, inputs: list[Tensor], weights: Tensor
+) -> list[Tensor]:
+    """The output, and the gradients of its weighted sum by query, key and value."""
+    inputs = [x.requires_grad_() for x in inputs]
+    out, _ = attend(*inputs)
+    return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
+
+
+def attend_by_kernel(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+    """sdpa_attention by one kernel alone. Raises NotAvailable if it does not take these inputs."""
+    try:
+        with warnings.catch_warnings(), sdpa_kernel(getattr(SDPBackend, name)):
+            warnings.simplefilter("ignore")  # which say why it does not take them
+            return sdpa_attention(query, key, value)
+    except RuntimeError as error:
+        if "No available kernel" in str(error) or "No viable backend" in str(error):
+            raise NotAvailable("SDPA has no such kernel for this device and precision") from None
+        raise
+
+
+def device_checks(report: Report) -> Iterator[dict]:
+    """Views, a training step and k-NN, on the device and on the CPU."""
+    views_difference = partial(difference_of_views, report)
+    yield check("views: CPU = device (mean of grey levels)", views_difference, 1.0)
+    yield check("views: masks are the same", partial(difference_of_masks, report), 0.0)
+
+    def step_difference() -> float:
+        config = report.config("small-16", batch_size=8, precision="float32")
+        on_device = step_numbers(config, report.device, report)
+        return distance(on_device, step_numbers(config, torch.device("cpu"), report))
+
+    yield check("a step: CPU = device", step_difference, 1e-3)
+    knn_difference = partial(difference_of_knn, report)
+    yield check("k-NN: CPU = device (share of images with another class)", knn_difference, 0.02)
+
+
+def same_batch(config: TrainConfig, source_size: list[int]) -> Batch:
+    """Random pictures, at each call the same ones."""
+    new_batch, _ = ViewsCase(config, source_size, torch.device("cpu")).prepare()
+    torch.manual_seed(0)
+    return new_batch()
+
+
+def views_on_both(report: Report) -> tuple[Views, Views]:
+    """Views of the same pictures, made by the CPU and by the device."""
+    config = report.config("small-16", batch_size=8)
+    batch = same_batch(config, report.size.source_size)
+    made = []
+    for device in (torch.device("cpu"), report.device):
+        _, views_of = ViewsCase(config, report.size.source_size, device).prepare()
+        made.append(views_of(batch))
+    return tuple(made)
+
+
+def difference_of_views(report: Report) -> float:
+    """How many grey levels the CPU's and the device's views differ, in the mean of all pixels."""
+    cpu_views, device_views = views_on_both(report)
+    grey_levels = []
+    pairs = zip(
+        [cpu_views.target_view, *cpu_views.anchor_views],
+        [device_views.target_view, *device_views.anchor_views],
+        strict=True,
+    )
+    for cpu_view, device_view in pairs:
+        difference = (cpu_view - device_view.cpu()).abs().mean().item()
+        grey_levels.append(difference * 255 * sum(IMAGENET_STD) / 3)
+    return max(grey_levels)
+
+
+def difference_of_masks(report: Report) -> float:
+    """How many of the indices of the patches to keep are not the same."""
+    cpu_views, device_views = views_on_both(report)
+    count = 0
+    pairs = zip(cpu_views.patches_to_keep, device_views.patches_to_keep, strict=True)
+    for cpu_mask, device_mask in pairs:
+        if cpu_mask is not None:
+            count += (cpu_mask != device_mask.cpu()).sum().item()
+    return float(count)
+
+
+def step_numbers(
+    config: TrainConfig, device: torch.device, report: Report, compiler: str | None = None
+) -> Tensor:
+    """Loss and gradient norm of one training step, from the same views on any device. -> 2"""
+    cpu = torch.device("cpu")
+    _, views_of = ViewsCase(config, report.size.source_size, cpu).prepare()
+    views = views_of(same_batch(config, report.size.source_size))
+
+    model = build_model(config, Processes(0, 1, device))
+    compile_encoders(model, compiler)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay))
+    now = schedule_at(config, 1, 100)
+    _, metrics = train_step(
+        model,
+        optimizer,
+        views.target_view.to(device),
+        [view.to(device) for view in views.anchor_views],
+        [mask if mask is None else mask.to(device) for mask in views.patches_to_keep],
+        now,
+        config.clip_grad,
+        config.precision,
+    )
+    return torch.tensor([metrics["loss"], metrics["grad_norm"]])
+
+
+def difference_of_knn(report: Report) -> float:
+    """The share of images to which k-NN gives another class on the device than on the CPU."""
+    data = synthetic_images(seed=0, train=500, val=100)
+    config = make_config({"recipe": "demo", "precision": "float32"})
+    predicted = []
+    for device in (torch.device("cpu"), report.device):
+        encoder = build_model(config, Processes(0, 1, device)).target_encoder
+        train, _ = embed_images(encoder, data.train, list(range(500)), config.image_size, device)
+        val, _ = embed_images(encoder, data.val, list(range(100)), config.image_size, device)
+        predicted.append(knn_predict(train, data.train_labels, val).cpu())
+    return (predicted[0] != predicted[1]).float().mean().item()
+
+
+def compile_checks(report: Report) -> Iterator[dict]:
+    """A step of compiled encoders and one of plain ones."""
+    for precision in report.size.checked_precisions:
+        limit = 10 * PRECISION_LIMITS[precision]  # a step is long, and rounding adds up
+        config = report.config("small-16", batch_size=8, precision=precision)
+
+        def difference(config=config) -> float:
+            compiled = step_numbers(config, report.device, report, report.size.compiler)
+            return distance(compiled, step_numbers(config, report.device, report))
+
+        yield check(f"a step: compiled = not compiled, {precision}", difference, limit)
+
+
+def run_checks(report: Report) -> Iterator[dict]:
+    """A run twice, and once more killed half-way and resumed; what may vary, and why."""
+    steps = report.size.run_steps
+    with tempfile.TemporaryDirectory() as place:
+        first = Path(place) / "first"
+        again = Path(place) / "again"
+        killed = Path(place) / "killed"
+        given = short_run(report, Path(place) / "pictures")
+
+        def same_seed_difference() -> float:
+            train_here(given, first)
+            train_here(given, again)
+            return distance_of_runs(first, again)
+
+        def resumed_difference() -> float:
+            train_and_kill(given, killed)
+            train_here(given, killed, resume=True)
+            return distance_of_runs(first, killed)
+
+        # Some kernels add up in the order in which they happen to finish, so that on a GPU the bits
+        # may differ from run to run, and training makes such differences grow.
+        record = check(f"same seed twice, {steps} steps", same_seed_difference, math.inf)
+        spread = record["difference"] or 0.0
+        if record["verdict"] == "ok":
+            record["verdict"] = "ok: not the same bits" if spread else "ok: the same bits"
+        yield {**record, "limit": None}
+        limit = 10 * spread
+        yield check(f"killed and resumed = in one go, {steps} steps", resumed_difference, limit)
+
+    names = ", ".join(operations_that_vary(report)) or "none"
+    yield no_difference("operations whose bits may vary", names)
+
+
+def short_run(report: Report, folder: Path) -> dict[str, Any]:
+    """The flags of a short run on pictures that are made here."""
+    num_pictures = 32
+    batch_size = 8
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(num_pictures):
+        pixels = rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+
+    steps = report.size.run_steps
+    return {
+        "recipe": "demo",
+        "data": str(folder),
+        "device": report.device.type,
+        "batch_size": batch_size,
+        "epochs": steps * batch_size // num_pictures,
+        "checkpoint_every": steps // 2,
+        "initializer_range": 0.02,
+        **report.size.changes,
+    }
+
+
+def train_here(
+    given: dict[str, Any], folder: Path, resume: bool = False, data: Images | None = None
+) -> None:
+    """A run of train_msn.py in this process, without its lines.
+
+    given: flags by field name. data: the images, if they are open already.
+    """
+    given = {**given, "output_dir": str(folder), "resume": resume}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with redirect_stdout(io.StringIO()):
+            config, content = settle(given, folder)
+            processes = start_processes(config)
+            precision = choose_precision(config.precision, processes.device)
+            config = replace(config, precision=precision)
+            train(config, data or open_data(config), folder, content, processes)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if not (folder / "summary.json").exists():  # the run has noticed Ctrl-C and stopped early
+        raise KeyboardInterrupt
+
+
+def train_and_kill(given: dict[str, Any], folder: Path) -> None:
+    """Start a run as a program, and kill it as soon as its first checkpoint is there."""
+    program = Path(__file__).resolve().parent / "train_msn.py"
+    command = [sys.executable, str(program), "--output-dir", str(folder)]
+    for name, value in given.items():
+        command += ["--" + name.replace("_", "-"), str(value)]
+
+    log = folder.with_suffix(".log")
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+        while process.poll() is None and not (folder / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    if not (folder / "checkpoint.pt").exists():
+        raise RuntimeError(f"train_msn.py wrote no checkpoint; it said: {log.read_text()[-500:]}")
+
+
+def distance_of_runs(first: Path, second: Path) -> float:
+    """The largest distance between two runs' weights, tensor by tensor."""
+    contents = [read_checkpoint(folder / "checkpoint.pt") for folder in (first, second)]
+    distances = []
+    for encoder in ("encoder", "target_encoder"):
+        for name, expected in contents[0][encoder].items():
+            distances.append(distance(contents[1][encoder][name], expected))
+    distances.append(distance(contents[1]["prototypes"], contents[0]["prototypes"]))
+    return max(distances)
+
+
+def operations_that_vary(report: Report) -> list[str]:
+    """Which operations of a training step need not give the same bits twice, as torch says."""
+    config = report.config("small-16", batch_size=8, precision="float32")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step_numbers(config, report.device, report)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    pattern = r"(.+?) (does not have a deterministic|defaults to a non-deterministic)"
+    found = [re.match(pattern, str(warning.message)) for warning in caught]
+    return sorted({match[1] for match in found if match})
+
+
+# ---- Report, part 2: forward passes
+
+# Eager over SDPA by batch size: base-16, float32, an A100, from the documentation of transformers.
+PUBLISHED_RATIOS = {1: 1.17, 2: 1.33, 4: 1.33, 8: 1.33}
+
+
+def inference_part(report: Report) -> Iterator[Line]:
+    """The documented table of base-16, beside that of transformers if it is installed."""
+    config = report.config("base-16", focal_views=0)
+    args = argparse.Namespace(head="model", compiler=report.size.compiler)
+    for precision in report.size.precisions:
+        args.precisions = [precision]
+        args.batch_sizes = report.size.batch_sizes
+        args.attn = ["eager", "sdpa"]
+        args.against = installed("transformers")
+        for record in inference_suite(config, args, report.setup):
+            published = PUBLISHED_RATIOS.get(record["batch"]) if precision == "float32" else None
+            yield "inference, base-16", {**record, "published eager / sdpa": published}
+
+        args.batch_sizes = report.size.compiled_batch_sizes
+        args.attn = ["compiled"]
+        args.against = []
+        for record in inference_suite(config, args, report.setup):
+            yield "inference, base-16, compiled", record
+        free_memory(report.device)
+
+
+def installed(package: str) -> list[str]:
+    """The name of a package in a list, which is empty if the package is not installed."""
+    return [package] if importlib.util.find_spec(package) else []
+
+
+# ---- Report, part 3: the training step
+
+STEP_REPEATS = 10  # a step takes long enough to need no more
+
+
+def step_part(report: Report) -> Iterator[Line]:
+    """The training step at the largest batch that fits: how fast it is, and where its time goes."""
+    peak = matmul_peak("bfloat16", report.setup)
+    for recipe in report.size.step_recipes:
+        config = report.config(recipe, precision="bfloat16")
+        batch = largest_batch(config, report)
+        config = replace(config, batch_size=batch)
+        # Eager attention stores the probabilities, and float32 takes twice the memory.
+        slow = replace(config, precision="float32")
+        slow = replace(slow, batch_size=largest_batch(slow, report, "eager"))
+
+        baseline = step_record(slow, "eager", report)
+        plain = step_record(config, "sdpa", report)
+        compiled = step_record(config, "sdpa", report, report.size.compiler)
+        records = {
+            "float32, eager": baseline,
+            "bfloat16, SDPA": plain,
+            "bfloat16, SDPA, compiled": compiled,
+        }
+        for variant, record in records.items():
+            first = {"recipe": recipe, "variant": variant}
+            of_peak = {"of bfloat16 peak": record["TFLOP/s"] * 1e12 / peak}
+            times = {"times float32 eager": record["images/s"] / baseline["images/s"]}
+            yield "training step", {**first, **record, **of_peak, **times}
+
+        yield "parts of a step, of its time", {"recipe": recipe, **shares_of_parts(config, report)}
+        yield (
+            "kinds of work, of a step's time",
+            {"recipe": recipe, **shares_of_work(config, report)},
+        )
+        free_memory(report.device)
+
+
+def largest_batch(config: TrainConfig, report: Report, attention: str = "sdpa") -> int:
+    """The largest power of two, within the bounds of the size, whose step fits into the memory."""
+    batch = report.size.smallest_batch
+    while batch < report.size.largest_batch:
+        if not step_fits(replace(config, batch_size=2 * batch), report, attention):
+            break
+        batch *= 2
+    return batch
+
+
+def step_fits(config: TrainConfig, report: Report, attention: str) -> bool:
+    """Whether two steps run without running out of memory: the first makes AdamW's state."""
+    fits = True
+    try:
+        step = step_parts(config, attention, report.size.source_size, report.device)["step"]
+        batch = step.new_input()
+        for _ in range(2):
+            step.run(batch)
+    except torch.OutOfMemoryError:
+        fits = False
+    step = None
+    free_memory(report.device)
+    return fits
+
+
+def step_record(
+    config: TrainConfig, attention: str, report: Report, compiler: str | None = None
+) -> dict:
+    """Time, peak memory (on a GPU) and speed of a training step."""
+    parts = step_parts(config, attention, report.size.source_size, report.device, compiler)
+    step = with_one_input(parts["step"])
+    setup = replace(report.setup, repeats=min(STEP_REPEATS, report.setup.repeats))
+    free_memory(report.device)
+    result = time_quietly({"step": step}, setup)["step"]
+    if report.device.type == "cuda":
+        result["memory"] = torch.cuda.max_memory_allocated() / 2**20
+
+    seconds = result["median"]
+    return {
+        "batch": config.batch_size,
+        "step": result,
+        "images/s": config.batch_size / seconds,
+        "TFLOP/s": step_flops(config) / seconds / 1e12,
+    }
+
+
+def with_one_input(timed: Timed) -> Timed:
+    """The same thing to time, with one input for all runs: pictures take long to make."""
+    one_input = timed.new_input()
+    return Timed(lambda: one_input, timed.run)
+
+
+def shares_of_parts(config: TrainConfig, report: Report) -> dict[str, float]:
+    """The time of each part of a step, over that of the step."""
+    parts = step_parts(config, "sdpa", report.size.source_size, report.device)
+    results = time_quietly(parts, replace(report.setup, repeats=3))
+    whole = results.pop("step")["median"]
+    return {part: result["median"] / whole for part, result in results.items()}
+
+
+# Kinds of work, and what is in the names of torch's operations that do it; the first that fits.
+KINDS_OF_WORK = {
+    "attention": ("attention", "softmax"),
+    "matrix products": ("mm", "linear", "matmul"),
+    "norms": ("norm",),
+    "activations": ("gelu",),
+    "optimizer, EMA": ("adam", "foreach", "lerp"),
+    "copies, casts": ("copy", "cat", "index", "gather", "scatter", "clone", "contiguous"),
+    "other operations": ("",),
+}
+
+
+def shares_of_work(config: TrainConfig, report: Report) -> dict[str, float]:
+    """What share of a step's time each kind of operation takes; in the rest, the device waits."""
+    on_gpu = report.device.type == "cuda"
+    parts = step_parts(config, "sdpa", report.size.source_size, report.device)
+    step = with_one_input(parts["step"])
+    setup = replace(report.setup, repeats=3)
+    seconds = time_quietly({"step": step}, setup)["step"]["median"]
+
+    activities = [ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        seconds_of(step.run, step.new_input(), report.setup)
+
+    shares = dict.fromkeys(KINDS_OF_WORK, 0.0)
+    for event in profiler.key_averages():
+        # On a GPU, the time of a kernel counts for the operation that started it.
+        own_time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if event.key.startswith("aten::"):
+            shares[kind_of_work(event.key)] += own_time / 1e6 / seconds
+    shares["waiting for the host"] = max(0.0, 1 - sum(shares.values()))
+    return shares
+
+
+def kind_of_work(operation: str) -> str:
+    """The kind of work of one of torch's operations, such as aten::addmm."""
+    for kind, parts_of_names in KINDS_OF_WORK.items():
+        if any(part in operation for part in parts_of_names):
+            return kind
+    raise ValueError(f"{operation} is of no kind; let the last of KINDS_OF_WORK take everything.")
+
+
+# ---- Report, part 4: masking
+
+PUBLISHED_MASKING = {  # mask ratio -> GB a GPU, images/s; large-7, 2 images a GPU, eight A100
+    0.0: (26, 415),
+    0.3: (21, 480),
+    0.5: (18, 525),
+    0.7: (17, 600),
+}
+
+
+def masking_part(report: Report) -> Iterator[Line]:
+    """What masking saves, with ten focal views, which are not masked (paper, table 10)."""
+    for recipe, batch in report.size.masking_batch_sizes.items():
+        unmasked = None
+        for ratio, (gigabytes, images_per_second) in PUBLISHED_MASKING.items():
+            changes = {"mask_ratio": ratio, "focal_views": 10, "batch_size": batch}
+            config = report.config(recipe, precision="bfloat16", **changes)
+            record = step_record(config, "sdpa", report)
+            unmasked = unmasked or record["images/s"]
+            record = {"recipe": recipe, "mask ratio": ratio, **record}
+            record["times unmasked"] = record["images/s"] / unmasked
+            published = recipe == "large-7"
+            ratio_of_speeds = images_per_second / PUBLISHED_MASKING[0.0][1]
+            record["published times unmasked"] = ratio_of_speeds if published else None
+            record["published GB"] = gigabytes if published else None
+            yield "masking, ten focal views", record
+            free_memory(report.device)
+
+
+# ---- Report, part 5: views
+
+
+def views_part(report: Report) -> Iterator[Line]:
+    """All views of a batch on the device, against Pillow on one core of the CPU."""
+    config = report.config("small-16", batch_size=report.size.views_batch)
+    pillow_config = replace(config, batch_size=report.size.pillow_batch)
+    cpu = torch.device("cpu")
+    source_size = report.size.source_size
+    pillow = PillowCase(pillow_config, source_size, cpu).prepare()
+    ours = with_one_input(ViewsCase(config, source_size, report.device).prepare())
+
+    pillow_setup = replace(report.setup, device=cpu, repeats=min(3, report.setup.repeats))
+    pillow_seconds = time_quietly({"Pillow": pillow}, pillow_setup)["Pillow"]["median"]
+    result = time_quietly({"ours": ours}, report.setup)["ours"]
+    speed = config.batch_size / result["median"]
+    pillow_speed = pillow_config.batch_size / pillow_seconds
+
+    record = {
+        "source": f"{source_size[0]}x{source_size[1]}",
+        "views": 1 + config.random_views + config.focal_views,
+        "batch": config.batch_size,
+        "ours": result,
+        "images/s": speed,
+        "Pillow's images/s": pillow_speed,
+        "times Pillow": speed / pillow_speed,
+    }
+    yield "views", record
+
+
+# ---- Report, part 6: a run on Imagenette
+
+PUBLISHED_IMAGENETTE = (
+    "Lightly, MSN ViT-S: k-NN 0.828 in 515.5 min on an A6000 (its best method: 0.902); "
+    "LeJEPA, ViT-S/8: probe 0.907 in 200 min"
+)
+EVALUATION_SECONDS = 60  # at most, for k-NN, the probe and the end of a run
+
+
+def imagenette_part(report: Report) -> Iterator[Line]:
+    """k-NN and the logistic probe against time, in a run of the recipe imagenette-128.
+
+    The run stops when the time is over; a second call goes on with it. Needs --data.
+    """
+    title = "imagenette-128"
+    folder = report.path.with_name(report.path.stem + "-imagenette")
+    given = {
+        "recipe": "imagenette-128",
+        "data": report.data,
+        "device": report.device.type,
+        "knn_every": 0,  # the evaluations below take their place
+        **report.size.changes,
+        **report.size.imagenette,
+    }
+    config = make_config(given)
+    data = open_data(config)
+    if data.val is None:
+        raise UsageError(f"{report.data} has no labels, so no k-NN: {data.why_no_labels}.")
+
+    steps_per_epoch = len(data.train) // config.batch_size
+    records = finished_stretches(report, title, folder)
+    for record in records:
+        yield title, record
+    done = records[-1]["epoch"] if records else 0
+    seconds = imagenette_seconds() * report.size.imagenette_epochs / config.epochs
+    if report.size is TOY:
+        seconds = 0.0
+    while done < config.epochs:
+        if report.seconds_left() < seconds:
+            raise TimeIsOver
+        start = time.monotonic()
+        done = min(done + report.size.imagenette_epochs, config.epochs)
+        given["max_steps"] = done * steps_per_epoch
+        train_here(given, folder, bool(records), data)
+        record = {"epoch": done, **accuracies(folder, data, config, report.device)}
+        records.append(record)
+        yield title, record
+        seconds = time.monotonic() - start  # as long as the next stretch will take
+
+
+class TimeIsOver(Exception):
+    """A part is not finished, and is to go on at the next call."""
+
+
+def finished_stretches(report: Report, title: str, folder: Path) -> list[dict]:
+    """The records of an earlier call, if its run is still there to go on with."""
+    earlier = report.earlier.get("imagenette", {}).get(title, [])
+    if not earlier:
+        shutil.rmtree(folder, ignore_errors=True)  # a run that has no record yet
+        return []
+    return earlier
+
+
+def accuracies(
+    folder: Path, data: Images, config: TrainConfig, device: torch.device
+) -> dict[str, float]:
+    """Minutes of training so far, and what k-NN and the logistic probe get right."""
+    from finetune import FinetuneConfig, center_and_scale, fit_logistic_probe
+
+    content = read_checkpoint(folder / "checkpoint.pt")
+    model = build_model(config, Processes(0, 1, device))
+    restore_weights(content, model)
+    encoder = model.target_encoder
+    all_train = list(range(len(data.train)))
+    all_val = list(range(len(data.val)))
+    train_features, kept = embed_images(encoder, data.train, all_train, config.image_size, device)
+    val_features, val_kept = embed_images(encoder, data.val, all_val, config.image_size, device)
+    labels = data.train_labels[kept]
+    val_labels = data.val_labels[val_kept]
+
+    prepared = center_and_scale(train_features)
+    weights = fit_logistic_probe(
+        prepared, labels, len(data.classes), FinetuneConfig.l2, tolerance=1e-6
+    )
+    predicted = {
+        "k-NN": knn_predict(train_features, labels, val_features),
+        "probe": (center_and_scale(val_features) @ weights.T).argmax(dim=-1),
+    }
+    result = {"minutes": content["elapsed"] / 60}
+    for name, classes in predicted.items():
+        result[name] = (classes == val_labels).float().mean().item()
+    return result
+
+
+# ---- Report: its parts, and how long they take
+
+# The card that the times at full size are computed for: what it reaches of an H100's peak (989
+# TFLOP/s in 16 bits, 67 in float32) in large models, and in small ones.
+ASSUMED_SPEED = {"float32": 0.4 * 67e12, "float16": 0.4 * 989e12, "bfloat16": 0.4 * 989e12}
+ASSUMED_SPEED_SMALL = 0.15 * 989e12
+ASSUMPTION = "computed, not measured: 40 % of an H100's peak, 15 % in the run of part 6"
+COMPILE_SECONDS = 60  # of both encoders of a training step
+GPU_REPEATS = 30  # the default of --repeats
+MODEL_SECONDS = 3  # to make a model on the CPU
+PILLOW_SECONDS = 0.003  # a view
+IMAGENETTE_IMAGES = 9469
+
+
+def correctness_seconds() -> float:
+    program_start = 20
+    runs = 3.5 * FULL.run_steps * 0.02
+    steps_on_cpu = 30
+    return 2 * COMPILE_SECONDS + program_start + runs + steps_on_cpu
+
+
+def inference_seconds() -> float:
+    """Both libraries, eager and SDPA; 30 repeats."""
+    config = ViTMSNConfig.preset("base-16")
+    seconds = 0.0
+    for precision in FULL.precisions:
+        for batch in FULL.batch_sizes:
+            flops = batch * forward_flops(config, config.grid_size**2, class_token_only=False)
+            at_least = 0.01  # a forward pass starts some hundred kernels
+            one = max(at_least, flops / ASSUMED_SPEED[precision])
+            seconds += 4 * (MODEL_SECONDS + (WARM_UPS + GPU_REPEATS) * one)
+        seconds += len(FULL.compiled_batch_sizes) * COMPILE_SECONDS / 2  # forward only
+    return seconds
+
+
+def steps_seconds(config: TrainConfig, precision: str, steps: int) -> float:
+    """So many training steps, and the making of their model."""
+    return MODEL_SECONDS + steps * step_flops(config) / ASSUMED_SPEED[precision]
+
+
+def step_seconds() -> float:
+    """Batches of 512 images, in float32 of 128; as many steps again to find the batch size."""
+    seconds = 0.0
+    for recipe in FULL.step_recipes:
+        steps = 2 * (WARM_UPS + STEP_REPEATS)
+        config = make_config({"recipe": recipe, "batch_size": 512})
+        slow = replace(config, batch_size=128)
+        seconds += 4 * steps_seconds(config, "bfloat16", steps)
+        seconds += 2 * steps_seconds(slow, "float32", steps) + COMPILE_SECONDS
+    return seconds
+
+
+def masking_seconds() -> float:
+    seconds = 0.0
+    for recipe, batch in FULL.masking_batch_sizes.items():
+        for ratio in PUBLISHED_MASKING:
+            config = make_config({"recipe": recipe, "mask_ratio": ratio, "batch_size": batch})
+            seconds += steps_seconds(config, "bfloat16", WARM_UPS + STEP_REPEATS)
+            seconds += MODEL_SECONDS
+    return seconds
+
+
+def views_seconds() -> float:
+    config = make_config({"recipe": "small-16"})
+    views = 1 + config.random_views + config.focal_views
+    pillow = (WARM_UPS + 3) * FULL.pillow_batch * views * PILLOW_SECONDS
+    return pillow + (WARM_UPS + GPU_REPEATS) * 0.1
+
+
+def imagenette_seconds() -> float:
+    config = make_config({"recipe": "imagenette-128"})
+    images = config.epochs * IMAGENETTE_IMAGES
+    training = images * step_flops(config) / config.batch_size / ASSUMED_SPEED_SMALL
+    evaluations = math.ceil(config.epochs / FULL.imagenette_epochs)
+    return training + evaluations * EVALUATION_SECONDS
+
+
+class ReportPart(NamedTuple):
+    """A part of the report."""
+
+    run: Callable[[Report], Iterator[Line]]
+    full_seconds: Callable[[], float]  # that it takes at full size, by arithmetic
+
+
+REPORT_PARTS = {
+    "correctness": ReportPart(correctness_part, correctness_seconds),
+    "inference": ReportPart(inference_part, inference_seconds),
+    "step": ReportPart(step_part, step_seconds),
+    "masking": ReportPart(masking_part, masking_seconds),
+    "views": ReportPart(views_part, views_seconds),
+    "imagenette": ReportPart(imagenette_part, imagenette_seconds),
+}
+
+
+def open_report(args: argparse.Namespace, setup: Setup) -> Report:
+    """A new report, or that of the file. Raises UsageError if the file is of another kind."""
+    size = TOY if setup.device.type == "cpu" else FULL
+    path = Path(args.json or f"runs/gpu{'-toy' if size is TOY else ''}.json")
+    details = describe_machine(args, setup)
+    content = {
+        "what": f"bench.py gpu at {size.name} size: times in seconds, memory in MiB",
+        "machine": details["machine"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit_here(),
+        "command": "python bench.py gpu" + (" --data path/to/imagenette" if args.data else ""),
+        "seeds": [0],
+        "details": details,
+        "seconds": {},  # that each finished part took
+        "values": {},  # part -> title of a table -> its records
+    }
+    earlier = read_report(path, content) if path.exists() else {"seconds": {}, "values": {}}
+    for name in earlier["seconds"]:
+        content["seconds"][name] = earlier["seconds"][name]
+        content["values"][name] = earlier["values"][name]
+    deadline = time.monotonic() + 60 * args.minutes
+    return Report(size, setup, args.data, path, content, earlier["values"], deadline)
+
+
+def read_report(path: Path, content: dict) -> dict:
+    """The content of a file to go on with, which must be like the new content."""
+    try:
+        earlier = json.loads(path.read_text())
+        seen = {name: earlier[name] for name in ("what", "machine", "torch", "seconds", "values")}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} is no report of bench.py gpu; give another --json.") from None
+    for name in ("what", "machine", "torch"):
+        if seen[name] != content[name]:
+            raise UsageError(
+                f"{path} is of {seen[name]!r}, not of {content[name]!r}; give another --json."
+            )
+    return earlier
+
+
+def commit_here() -> str:
+    """The commit of this folder, or "unknown" where it is none."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def run_part(name: str, part: ReportPart, report: Report) -> None:
+    """Run a part, writing down each line at once. An error ends the part, and not the report."""
+    needed = EVALUATION_SECONDS if name == "imagenette" else part.full_seconds()  # it can stop
+    if report.size is FULL and report.seconds_left() < needed:
+        say(f"{name}: no time left; the same command goes on with it")
+        return
+
+    say(f"{name} ...")
+    start = time.monotonic()
+    tables = report.content["values"][name] = {}
+    try:
+        for title, record in part.run(report):
+            tables.setdefault(title, []).append(record)
+            report.save()
+    except TimeIsOver:
+        say(f"{name}: no time left; the same command goes on with it")
+    except Exception as error:  # such as a kernel that this GPU lacks: the other parts can go on
+        text = " ".join(str(error).split())
+        report.errors[name] = f"{type(error).__name__}: {text}"
+        say(f"{name}: {report.errors[name]}", sys.stderr)
+    else:
+        report.content["seconds"][name] = time.monotonic() - start
+        report.save()
+        say(f"{name}: {report.content['seconds'][name]:.0f} s")
+    free_memory(report.device)
+
+
+def print_report(report: Report) -> None:
+    """All tables, then the content of the file."""
+    for tables in report.content["values"].values():
+        for title, records in tables.items():
+            print(f"\n{title}\n")
+            table = Table()
+            for record in records:
+                table.add(record)
+    print(f"\n{report.path}:")
+    print(json.dumps(report.content, default=str), flush=True)
+
+
+def raise_if_wrong(report: Report) -> None:
+    """Raise RuntimeError if a check of part 1 went wrong or a part ended with an error."""
+    records = report.content["values"].get("correctness", {}).get("correctness", [])
+    wrong = [record["check"] for record in records if record["verdict"].startswith("WRONG")]
+    problems = [f"{name} ended with an error" for name in report.errors]
+    if wrong:
+        problems.append(f"{len(wrong)} of {len(records)} checks are WRONG, such as {wrong[0]!r}")
+    if problems:
+        raise RuntimeError("; ".join(problems))
+
+
+def report_main(argv: list[str]) -> None:
+    """All that needs a GPU, by one command: first it is checked that the GPU computes what the CPU
+    computes, then times are measured.
+
+    Six parts: correctness, forward passes, the training step, masking, views, and a run on
+    Imagenette (--data). Each line of their tables is in a file as soon as it is known, and the same
+    command goes on after the last part that is finished. Without a GPU the same parts run at toy
+    size: that shows that the command works, and says nothing of a GPU.
+    """
+    args = report_parser().parse_args(argv)
+    setup = make_setup(args)
+    report = open_report(args, setup)
+    details = report.content["details"].items()
+    print(", ".join(f"{name} {cell_text(value)}" for name, value in details))
+    if report.size is TOY:
+        print("There is no GPU: toy sizes, which show that the command works, and nothing more.")
+    print(f"At full size, in minutes ({ASSUMPTION}):")
+    for name, part in REPORT_PARTS.items():
+        print(f"  {name:<12}{part.full_seconds() / 60:5.1f}")
+
+    for name, part in REPORT_PARTS.items():
+        if name in report.content["seconds"]:
+            say(f"{name}: done by an earlier call")
+        elif name == "imagenette" and not report.data:
+            say(f"{name}: left out; --data path/to/imagenette runs it")
+        else:
+            run_part(name, part, report)
+
+    print_report(report)
+    raise_if_wrong(report)
+
+
+def report_parser() -> argparse.ArgumentParser:
+    """The flags of the report."""
+    parser = argparse.ArgumentParser(prog="bench.py gpu", description=report_main.__doc__)
+    parser.add_argument(
+        "--data",
+        default="",
+        metavar="FOLDER",
+        help="Imagenette (train/CLASS/*, val/CLASS/*), for the part imagenette, which is left out "
+        "without it",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="the report, to write or to go on with (default: runs/gpu.json)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=25,
+        help="time for this call; what does not fit into it is for the next (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="CPU threads that torch may use (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=GPU_REPEATS,
+        help="how often each case is timed after the warm-up, training steps at most "
+        f"{STEP_REPEATS} times (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.set_defaults(memory=False, cpu_time=False)  # which are of the suites
+    return parser
+
+
 # ---- The command line ----------------------------------------------------------------------------
 
 
@@ -878,6 +2173,7 @@ def add_inference_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="other libraries to compare with",
     )
+    parser.set_defaults(compiler="inductor")
 
 
 def add_step_flags(parser: argparse.ArgumentParser) -> None:
@@ -1047,7 +2343,9 @@ def make_parser(preset: str | None = None, recipe: str | None = None) -> argpars
     preset, recipe: those whose values the help texts show; by default those of each suite.
     """
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [" + " | ".join(SUITES) + "] [--flag value ...]; more by SUITE --help",
+        usage="%(prog)s ["
+        + " | ".join((*SUITES, "gpu"))
+        + "] [--flag value ...]; more by SUITE --help",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -1197,8 +2495,10 @@ class Table:
 
 def main(argv: list[str]) -> None:
     """The command line; without the name of a suite, inference."""
+    if argv and argv[0] == "gpu":
+        return report_main(argv[1:])
     if argv and not argv[0].startswith("-") and argv[0] not in SUITES:
-        raise UsageError(f"bench.py has no suite {argv[0]}; use {', '.join(SUITES)}.")
+        raise UsageError(f"bench.py has no suite {argv[0]}; use {', '.join(SUITES)} or gpu.")
     if not argv or argv[0] not in (*SUITES, "-h", "--help"):
         argv = ["inference", *argv]
     preset = first_look(argv, "--preset")

@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from common import randn, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from runs import make_pictures
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -551,6 +553,7 @@ def test_every_setting_that_a_suite_takes_is_looked_at(name):
     setup = bench.Setup(CPU, 1, 1, False, time.perf_counter)
     args = SimpleNamespace(source_size=[32, 32], attn=["sdpa"], head="model", against=[])
     args.precisions = ["float32"]
+    args.compiler = "inductor"
     args.batch_sizes = [1]
 
     RecordedConfig.read.clear()
@@ -626,3 +629,224 @@ def test_a_library_that_is_not_there_says_how_to_install_it(monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert run_program(bench.main, ["inference", "--against", "transformers"]) == 2
     assert "pip install transformers" in capsys.readouterr().err
+
+
+# ---- The report
+
+
+@pytest.fixture(scope="module")
+def toy_report(tmp_path_factory) -> Path:
+    """The file of `bench.py gpu` at toy size, with a run on a folder of pictures."""
+    place = tmp_path_factory.mktemp("report")
+    data = make_pictures(place / "pictures")
+    path = place / "gpu.json"
+    assert run_report(path, "--data", str(data)) == 0
+    return path
+
+
+def run_report(path: Path, *argv: str) -> int:
+    """Run `bench.py gpu` on the CPU, which is at toy size. -> exit status"""
+    return run_program(bench.main, ["gpu", *QUICK, "--json", str(path), *argv])
+
+
+def test_without_a_gpu_the_report_runs_all_its_parts_at_toy_size(toy_report):
+    """On a CPU, which equals itself, every check is right, and every part has its tables."""
+    content = json.loads(toy_report.read_text())
+    assert "toy" in content["what"]
+    assert list(content["seconds"]) == list(content["values"]) == list(bench.REPORT_PARTS)
+
+    verdicts = [record["verdict"] for record in content["values"]["correctness"]["correctness"]]
+    assert not [verdict for verdict in verdicts if verdict.startswith("WRONG")]
+    assert sum(verdict.startswith("ok") for verdict in verdicts) > 15
+
+    steps = content["values"]["step"]["training step"]
+    assert [record["variant"] for record in steps] == [
+        "float32, eager",
+        "bfloat16, SDPA",
+        "bfloat16, SDPA, compiled",
+    ]
+    ratios = [record["mask ratio"] for record in content["values"]["masking"].popitem()[1]]
+    assert ratios == [0, 0.3, 0.5, 0.7]
+    assert [record["epoch"] for record in content["values"]["imagenette"].popitem()[1]] == [1, 2]
+
+
+def test_the_lines_of_a_table_of_the_report_have_the_same_columns(toy_report):
+    for tables in json.loads(toy_report.read_text())["values"].values():
+        for records in tables.values():
+            assert all(record.keys() == records[0].keys() for record in records)
+
+
+def test_a_second_call_of_the_report_runs_only_what_is_missing(toy_report, tmp_path, monkeypatch):
+    """Finished parts stay as they are in the file; the others run, and begin anew."""
+    content = json.loads(toy_report.read_text())
+    del content["seconds"]["views"]
+    content["values"]["views"] = {"views": ["half a part"]}
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(content))
+    run_parts = []
+    run_part = bench.run_part
+
+    def watched(name: str, *arguments) -> None:
+        run_parts.append(name)
+        run_part(name, *arguments)
+
+    monkeypatch.setattr(bench, "run_part", watched)
+    assert run_report(path, "--data", "pictures") == 0
+    assert run_parts == ["views"]
+    after = json.loads(path.read_text())
+    assert after["values"]["views"]["views"][0]["source"] == "40x50"
+    for name in set(bench.REPORT_PARTS) - {"views"}:
+        assert after["values"][name] == content["values"][name]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("{}", "no report"), ("not JSON", "no report"), ('["what"]', "no report")],
+)
+def test_a_file_that_is_no_report_is_left_alone(text, complaint, tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    path.write_text(text)
+    assert run_report(path) == 2
+    assert complaint in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_a_report_of_another_machine_is_left_alone(toy_report, tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    content = {**json.loads(toy_report.read_text()), "machine": "another one"}
+    path.write_text(json.dumps(content))
+    assert run_report(path) == 2
+    assert "another one" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == content
+
+
+def empty_report(path: Path, size: bench.ReportSize = bench.TOY) -> bench.Report:
+    content = {"seconds": {}, "values": {}}
+    return bench.Report(size, fake_setup(), "", path, content, {}, time.monotonic() + 1000)
+
+
+def made_up_part(*lines: tuple[str, dict], error: Exception | None = None) -> bench.ReportPart:
+    """A part that yields these lines, and then raises an error, if one is given."""
+
+    def run(report: bench.Report):
+        yield from lines
+        if error:
+            raise error
+
+    return bench.ReportPart(run, lambda: 100.0)
+
+
+def test_each_line_of_the_report_is_in_the_file_before_the_next_one_is_made(tmp_path):
+    report = empty_report(tmp_path / "gpu.json")
+    seen = []
+
+    def run(report: bench.Report):
+        for i in range(3):
+            if report.path.exists():
+                seen.append(json.loads(report.path.read_text())["values"]["part"]["table"])
+            yield "table", {"i": i}
+
+    bench.run_part("part", bench.ReportPart(run, lambda: 1.0), report)
+    assert seen == [[{"i": 0}], [{"i": 0}, {"i": 1}]]
+
+
+def test_a_part_that_ends_with_an_error_is_named_at_the_end_and_not_finished(tmp_path, capsys):
+    """Its lines are kept, the parts after it can run, and the report ends with an error."""
+    report = empty_report(tmp_path / "gpu.json")
+    bench.run_part("one", made_up_part(("table", {"i": 0}), error=ValueError("no")), report)
+    bench.run_part("two", made_up_part(("table", {"i": 1})), report)
+    assert list(report.content["seconds"]) == ["two"]
+    assert report.content["values"]["one"] == {"table": [{"i": 0}]}
+    assert "one: ValueError: no" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="one ended with an error"):
+        bench.raise_if_wrong(report)
+
+
+def test_a_part_that_does_not_fit_into_the_time_is_left_for_the_next_call(tmp_path):
+    """At full size, what takes longer than is left does not begin."""
+    report = empty_report(tmp_path / "gpu.json", bench.FULL)
+    report.deadline = time.monotonic() + 99
+    bench.run_part("part", made_up_part(("table", {"i": 0})), report)
+    assert report.content == {"seconds": {}, "values": {}}
+    report.deadline = time.monotonic() + 110
+    bench.run_part("part", made_up_part(("table", {"i": 0})), report)
+    assert list(report.content["seconds"]) == ["part"]
+
+
+def test_a_part_that_finds_its_time_over_goes_on_at_the_next_call(tmp_path):
+    report = empty_report(tmp_path / "gpu.json")
+    bench.run_part("part", made_up_part(("table", {"i": 0}), error=bench.TimeIsOver()), report)
+    assert report.content["seconds"] == {}
+    bench.raise_if_wrong(report)  # which it does not
+
+
+def raise_not_available() -> float:
+    raise bench.NotAvailable("reason")
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict"),
+    [
+        (lambda: 0.1, "ok"),
+        (lambda: 0.11, "WRONG"),
+        (lambda: float("nan"), "WRONG"),
+        (lambda: 1 / 0, "WRONG: ZeroDivisionError: division by zero"),
+        (raise_not_available, "not available: reason"),
+    ],
+)
+def test_a_check_is_wrong_above_its_limit_or_if_it_fails(difference, verdict):
+    assert bench.check("what", difference, limit=0.1)["verdict"] == verdict
+
+
+def test_wrong_attention_is_found_and_ends_the_report_with_an_error(tmp_path, monkeypatch):
+    """SDPA without the scale by the square root of the head's width is WRONG in each kernel."""
+
+    def unscaled(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, scale=1.0), None
+
+    report = empty_report(tmp_path / "gpu.json")
+    monkeypatch.setattr(bench, "sdpa_attention", unscaled)
+    records = list(bench.attention_checks(report))
+    for record in records:
+        right = "eager in" in record["check"].split(" = ")[0]
+        expected = ("ok",) if right else ("WRONG", "not available")
+        assert record["verdict"].startswith(expected), record
+
+    report.content["values"]["correctness"] = {"correctness": records}
+    with pytest.raises(RuntimeError, match="checks are WRONG"):
+        bench.raise_if_wrong(report)
+
+
+@given(st.integers(0, 12))
+def test_the_largest_batch_is_the_largest_power_of_two_that_fits(exponent):
+    """Between the smallest and the largest that are tried."""
+    fits = 2**exponent
+    report = empty_report(Path("gpu.json"), replace(bench.FULL, largest_batch=1024))
+    config = make_config({"recipe": "small-16"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "step_fits", lambda config, *_: config.batch_size <= fits)
+        found = bench.largest_batch(config, report)
+    assert found == min(max(fits, bench.FULL.smallest_batch), 1024)
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        ("aten::_scaled_dot_product_flash_attention", "attention"),
+        ("aten::addmm", "matrix products"),
+        ("aten::native_layer_norm_backward", "norms"),
+        ("aten::_fused_adamw_", "optimizer, EMA"),
+        ("aten::_foreach_lerp_", "optimizer, EMA"),
+        ("aten::_to_copy", "copies, casts"),
+        ("aten::mul", "other operations"),
+    ],
+)
+def test_operations_are_of_the_kind_that_their_names_say(operation, kind):
+    assert bench.kind_of_work(operation) == kind
+
+
+def test_all_of_the_report_but_the_long_run_fits_into_the_time_of_one_call():
+    """25 minutes at full size, by the arithmetic that is printed; the run takes what is left."""
+    minutes = {name: part.full_seconds() / 60 for name, part in bench.REPORT_PARTS.items()}
+    assert min(minutes.values()) > 0
+    assert sum(minutes.values()) - minutes["imagenette"] < 20

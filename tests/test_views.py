@@ -748,7 +748,7 @@ def test_each_recipe_is_a_valid_run_on_the_images_that_it_is_named_after(recipe)
     """A recipe's settings go together, and the small ones name their data."""
     config = make_config({"recipe": recipe})
     assert config.recipe == recipe
-    expected = {"cifar10": "cifar10", "imagenette": "imagenette"}
+    expected = {"cifar10": "cifar10", "imagenette": "imagenette", "imagenette-128": "imagenette"}
     assert config.data == expected.get(recipe, "synthetic")
 
 
