@@ -21,6 +21,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -75,7 +76,6 @@ from train_msn import (
     run_program,
     say,
     schedule_at,
-    send,
     settle,
     start_processes,
     synthetic_images,
@@ -509,7 +509,7 @@ AS_TRAINED = "as trained"  # the attention implementation that train_msn.py choo
 
 @dataclass(frozen=True)
 class StepCase(Case):
-    """One whole pretraining step, from decoded pictures to the moved target encoder."""
+    """One whole pretraining step, from pictures on the device to the moved target encoder."""
 
     config: TrainConfig
     attention: str  # of the anchor encoder: "eager", "sdpa" or AS_TRAINED
@@ -692,7 +692,10 @@ def step_records(
 
 @dataclass(frozen=True)
 class ViewsCase(Case):
-    """All views of a batch of random pictures by our view generator, on the device."""
+    """All views of a batch of random pictures by our view generator, on the device.
+
+    The pictures are there already: a run copies them while the step before computes.
+    """
 
     config: TrainConfig
     source_size: list[int]  # height and width of the pictures
@@ -704,11 +707,11 @@ class ViewsCase(Case):
         sizes = torch.tensor([self.source_size] * count)
 
         def new_batch() -> Batch:
-            pixels = torch.randint(256, (count, height, width, 3), dtype=torch.uint8)
+            shape = (count, height, width, 3)
+            pixels = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
             return Batch(pixels.permute(0, 3, 1, 2), sizes, [], [])
 
         def views_of(batch: Batch) -> Views:
-            batch = batch._replace(images=send(batch.images, self.device))
             return make_views(batch, self.config, 0, slice(0, count))
 
         return Timed(new_batch, views_of)
@@ -893,9 +896,9 @@ FULL = ReportSize(
     run_steps=200,
     checked_precisions=("float32", "bfloat16"),
     step_recipes=("small-16", "base-16"),
-    smallest_batch=32,
-    largest_batch=2048,
-    masking_batch_sizes={"small-16": 64, "large-7": 4},
+    smallest_batch=64,
+    largest_batch=1024,
+    masking_batch_sizes={"small-16": 256, "large-7": 16},
     views_batch=128,
     pillow_batch=16,
     source_size=[375, 500],  # the commonest size of ImageNet's pictures
@@ -1289,7 +1292,7 @@ def views_on_both(report: Report) -> tuple[Views, Views]:
     made = []
     for device in (torch.device("cpu"), report.device):
         _, views_of = ViewsCase(config, report.size.source_size, device).prepare()
-        made.append(views_of(batch))
+        made.append(views_of(batch._replace(images=batch.images.to(device))))
     return tuple(made)
 
 
@@ -1359,9 +1362,12 @@ def difference_of_knn(report: Report) -> float:
 
 def compile_checks(report: Report) -> Iterator[dict]:
     """A step of compiled encoders and one of plain ones."""
+    few_layers = 2  # all are compiled alike, and twelve take a minute
     for precision in report.size.checked_precisions:
         limit = 10 * PRECISION_LIMITS[precision]  # a step is long, and rounding adds up
-        config = report.config("small-16", batch_size=8, precision=precision)
+        config = report.config(
+            "small-16", batch_size=8, precision=precision, num_hidden_layers=few_layers
+        )
 
         def difference(config=config) -> float:
             compiled = step_numbers(config, report.device, report, report.size.compiler)
@@ -1457,8 +1463,10 @@ def train_and_kill(given: dict[str, Any], folder: Path) -> None:
         command += ["--" + name.replace("_", "-"), str(value)]
 
     log = folder.with_suffix(".log")
+    threads = str(torch.get_num_threads())  # with another number, sums are rounded differently
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         while process.poll() is None and not (folder / "checkpoint.pt").exists():
             time.sleep(0.01)
         process.kill()
@@ -1528,7 +1536,7 @@ def installed(package: str) -> list[str]:
 
 # ---- Report, part 3: the training step
 
-STEP_REPEATS = 10  # a step takes long enough to need no more
+STEP_REPEATS = 6  # a step takes long enough to need no more
 
 
 def step_part(report: Report) -> Iterator[Line]:
