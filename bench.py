@@ -76,6 +76,7 @@ from train_msn import (
     run_program,
     say,
     schedule_at,
+    send,
     settle,
     start_processes,
     synthetic_images,
@@ -708,7 +709,7 @@ class ViewsCase(Case):
 
         def new_batch() -> Batch:
             shape = (count, height, width, 3)
-            pixels = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
+            pixels = send(torch.randint(256, shape, dtype=torch.uint8), self.device)
             return Batch(pixels.permute(0, 3, 1, 2), sizes, [], [])
 
         def views_of(batch: Batch) -> Views:
@@ -726,7 +727,7 @@ class PillowCase(Case):
     device: torch.device
 
     def prepare(self) -> Timed:
-        new_batch, _ = ViewsCase(self.config, self.source_size, self.device).prepare()
+        new_batch, _ = ViewsCase(self.config, self.source_size, torch.device("cpu")).prepare()
 
         def new_pictures() -> list[Image.Image]:
             images = new_batch().images.permute(0, 2, 3, 1)
@@ -1443,7 +1444,8 @@ def train_here(
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with redirect_stdout(io.StringIO()):
-            config, content = settle(given, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            config, content = settle(given, folder, given["recipe"])
             processes = start_processes(config)
             precision = choose_precision(config.precision, processes.device)
             config = replace(config, precision=precision)
@@ -1550,9 +1552,9 @@ def step_part(report: Report) -> Iterator[Line]:
         slow = replace(config, precision="float32")
         slow = replace(slow, batch_size=largest_batch(slow, report, "eager"))
 
-        baseline = step_record(slow, "eager", report)
-        plain = step_record(config, "sdpa", report)
-        compiled = step_record(config, "sdpa", report, report.size.compiler)
+        baseline = record_that_fits(slow, "eager", report)
+        plain = record_that_fits(config, "sdpa", report)
+        compiled = record_that_fits(config, "sdpa", report, report.size.compiler)
         records = {
             "float32, eager": baseline,
             "bfloat16, SDPA": plain,
@@ -1564,6 +1566,7 @@ def step_part(report: Report) -> Iterator[Line]:
             times = {"times float32 eager": record["images/s"] / baseline["images/s"]}
             yield "training step", {**first, **record, **of_peak, **times}
 
+        config = replace(config, batch_size=plain["batch"])
         yield "parts of a step, of its time", {"recipe": recipe, **shares_of_parts(config, report)}
         yield (
             "kinds of work, of a step's time",
@@ -1595,6 +1598,23 @@ def step_fits(config: TrainConfig, report: Report, attention: str) -> bool:
     step = None
     free_memory(report.device)
     return fits
+
+
+def record_that_fits(
+    config: TrainConfig, attention: str, report: Report, compiler: str | None = None
+) -> dict:
+    """step_record, of half as many images if those of largest_batch do not fit after all: the same
+    step can need more memory the next time, where what is free lies in too small pieces."""
+    record = None
+    while record is None:
+        try:
+            record = step_record(config, attention, report, compiler)
+        except torch.OutOfMemoryError:
+            if config.batch_size == 1:
+                raise
+            config = replace(config, batch_size=config.batch_size // 2)
+            free_memory(report.device)
+    return record
 
 
 def step_record(
