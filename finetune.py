@@ -77,12 +77,16 @@ from vitmsn import (
     FROM_THE_VALUES,
     MSNEncoder,
     PictureRules,
+    Preprocessor,
+    ViTMSNConfig,
     ViTMSNModel,
     autocast,
     load_weights,
     normalize,
+    preprocess,
     read_pretrained,
     resample_positions,
+    with_image_size,
     without_projection_head,
     write_file,
 )
@@ -695,6 +699,7 @@ def crop_and_flip(
     crop_scale: tuple[float, float],
     size: int,
     generator: torch.Generator,
+    normalize_pixels: Callable[[Tensor], Tensor] = normalize,
 ) -> Tensor:
     """The augmentation of training: a random resized crop of each image, half of them flipped.
 
@@ -705,7 +710,7 @@ def crop_and_flip(
     u = torch.rand(len(images), 1 + 2 * TRIES + 2, generator=generator)
     flip = u[:, 0] < 0.5  # the others are crop_boxes' own
     boxes = crop_boxes(u[:, 1:], sizes, crop_scale)
-    return normalize(crop_and_resize(images, boxes, flip, size))
+    return normalize_pixels(crop_and_resize(images, boxes, flip, size))
 
 
 def train_classifier(
@@ -740,6 +745,7 @@ def train_classifier(
     factor = partial(learning_rate_factor, steps=steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
+    normalize_pixels = Preprocessor.from_config(model.config).normalize
     batches = shuffled_batches(indices, batch_size, generator)
     for step, chosen in zip(range(steps), batches, strict=False):
         batch = images.__getitems__(chosen)
@@ -749,6 +755,7 @@ def train_classifier(
             config.crop_scale,
             model.config.image_size,
             generator,
+            normalize_pixels,
         )
         targets = send(labels[batch.indices], device)
 
@@ -1068,14 +1075,26 @@ def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel 
                 f"image_size is no whole number of this checkpoint's patches of {patch_size} "
                 "pixels."
             )
-        model_config = replace(model_config, image_size=config.image_size)
+        model_config = with_image_size(model_config, config.image_size)
         weights["pos_embed"] = weights["pos_embed"].float()
         weights = resample_positions(weights, model_config)
 
     model_class = Classifier if classifier else ViTMSNModel
     model = model_class(model_config)
     load_weights(model, weights, config.checkpoint)
+    if not classifier:  # predict follows them all
+        note_other_processing(model_config)
     return model.to(start_processes(config).device).eval()
+
+
+def note_other_processing(config: ViTMSNConfig) -> None:
+    """Say what of the model's preprocessor_config.json nothing but predict follows."""
+    for change in Preprocessor.from_config(config).not_statistics(config):
+        print(
+            f"preprocessor_config.json: {change} is not followed here; pictures are squashed to "
+            f"{config.image_size} pixels, bilinear",
+            file=sys.stderr,
+        )
 
 
 def check_is_there(checkpoint: str) -> None:
@@ -1258,6 +1277,7 @@ PICTURE_CACHE = 2**28  # bytes of decoded pictures to keep in memory
 MOST_QUERIES = 8  # lines on a sheet of neighbours
 HIGHLIGHT = np.array([255.0, 90.0, 0.0])  # the colour of attention
 MOST_HIGHLIGHT = 0.85  # its share where most attention goes
+FILES_AT_ONCE = 32  # pictures in a batch of predict
 ATTENTION_CELL = 320  # pixels, side of a picture on a sheet of attention maps
 
 
@@ -1347,8 +1367,11 @@ def open_pictures(
 
 
 def predict(config: FinetuneConfig, model: Classifier, pictures: ImageFiles) -> None:
-    """Print the likeliest classes of each picture; with --csv, write them too."""
-    probabilities = classify(model, pictures, list(range(len(pictures))))
+    """Print the likeliest classes of each picture; with --csv, write them too.
+
+    Pixels are made as the model's preprocessor_config.json says.
+    """
+    probabilities = classify_files(model, pictures)
     best = probabilities.sort(dim=-1, descending=True)
     num_guesses = min(config.top, probabilities.shape[1])
 
@@ -1371,6 +1394,19 @@ def predict(config: FinetuneConfig, model: Classifier, pictures: ImageFiles) -> 
 
     if config.csv:
         write_csv(Path(config.csv), ("image", "place", "class", "probability"), records)
+
+
+@torch.no_grad()
+def classify_files(model: Classifier, pictures: ImageFiles) -> Tensor:
+    """Class probabilities of picture files, which must be readable. -> b classes, on the CPU."""
+    device = model.classifier.weight.device
+    probabilities = []
+    for first in range(0, len(pictures), FILES_AT_ONCE):
+        paths = pictures.paths[first : first + FILES_AT_ONCE]
+        pixels = preprocess(paths, model.config, rules=pictures.rules).to(device)
+        logits = model(pixels, interpolate_pos_encoding=True).logits
+        probabilities.append(logits.softmax(dim=-1).cpu())
+    return torch.cat(probabilities)
 
 
 def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> None:

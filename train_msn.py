@@ -46,7 +46,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vitmsn import IMAGENET_MEAN, IMAGENET_STD, constant, normalize
+from vitmsn import IMAGENET_MEAN, IMAGENET_STD, Preprocessor, constant, normalize
 from vitmsn import FROM_THE_VALUES, PictureRules, TooManyPixels
 from vitmsn import PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNModel
 from vitmsn import deep_values, first_frame, open_picture, orientation_of, turn_upright
@@ -1856,12 +1856,13 @@ def embed_images(
         wanted = indices[first : first + batch_size]
         batch = images.__getitems__(wanted)
         readable = [place for place, i in enumerate(wanted) if batch.indices[place] == i]
-        pixels = normalize(squash(batch, size, device))
+        pixels = squash(batch, size, device)
         if len(readable) < len(wanted):
             pixels = pixels[send(torch.tensor(readable), device)]
         if encoder is None:
-            part = pixels.flatten(1)
+            part = normalize(pixels).flatten(1)
         else:
+            pixels = Preprocessor.from_config(encoder.config).normalize(pixels)
             part = encoder.representation(pixels, interpolate_pos_encoding=True)
         features.append(part.float().cpu())
         kept += [wanted[place] for place in readable]

@@ -94,6 +94,7 @@ class ViTMSNConfig:
     attn_implementation: str = "sdpa"  # or "eager"
     drop_path_rate: float = 0.0  # stochastic depth: grows to this at the last layer
     extra: dict = field(default_factory=dict)  # other keys of a config.json, written back
+    preprocessor: dict | None = None  # the content of preprocessor_config.json, if there was one
 
     def __post_init__(self):  # both functions are in the file's last part, "Checks"
         complete_labels(self)
@@ -1126,7 +1127,7 @@ def config_from_dict(cls: type[ViTMSNConfig], values: dict) -> ViTMSNConfig:
 
     known = {}
     extra = {}
-    own_names = {entry.name for entry in fields(cls)} - {"extra"}
+    own_names = {entry.name for entry in fields(cls)} - {"extra", "preprocessor"}
     for name, value in values.items():
         if name in own_names:
             known[name] = value
@@ -1138,18 +1139,28 @@ def config_from_dict(cls: type[ViTMSNConfig], values: dict) -> ViTMSNConfig:
 def config_from_pretrained(
     cls: type[ViTMSNConfig], name_or_path: str | os.PathLike
 ) -> ViTMSNConfig:
-    """Read a config.json. Raises FileNotFoundError, or ValueError that names the file."""
-    path = local_folder(name_or_path) / "config.json"
+    """Read config.json and, where it is, preprocessor_config.json.
+
+    Raises FileNotFoundError, or ValueError that names the file.
+    """
+    folder = local_folder(name_or_path)
+    path = folder / "config.json"
     content = path.read_bytes()
     try:
-        return cls.from_dict(json.loads(content))
+        config = cls.from_dict(json.loads(content))
+        path = folder / "preprocessor_config.json"
+        if path.is_file():
+            config.preprocessor = json.loads(path.read_bytes())
+            if not isinstance(config.preprocessor, dict):
+                raise ValueError("it is no JSON object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} can't be used: {error}") from error
+    return config
 
 
 def config_to_dict(config: ViTMSNConfig) -> dict:
     """The content of config.json: `extra`, and all fields but those that transformers derives."""
-    left_out = {"extra", "attn_implementation", "num_labels"}
+    left_out = {"extra", "preprocessor", "attn_implementation", "num_labels"}
     values = {}
     for name, value in asdict(config).items():
         if value is not None and name not in left_out:
@@ -1353,7 +1364,7 @@ def local_folder(name_or_path: str | os.PathLike) -> Path:
             f"{name} is no folder here. A model of the hub: pip install huggingface_hub, or put "
             "its config.json and model.safetensors (or pytorch_model.bin) there."
         ) from None
-    wanted = ["config.json", *WEIGHT_FILES, "*.safetensors"]
+    wanted = ["config.json", "preprocessor_config.json", *WEIGHT_FILES, "*.safetensors"]
     return Path(snapshot_download(name, allow_patterns=wanted))
 
 
@@ -1577,7 +1588,8 @@ def refuse_weights(source: str, problem: str, names: list[str], advice: str = ""
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
-    """Write config.json, and model.safetensors or, without that package, pytorch_model.bin."""
+    """Write model.safetensors or, without that package, pytorch_model.bin; then config.json and
+    preprocessor_config.json: the one that the config came with, or what `preprocess` does."""
     weights = to_transformers(model.state_dict(), model.config.num_channels)
     try:
         from safetensors.torch import save
@@ -1593,8 +1605,11 @@ def save_model(model: nn.Module, folder: Path) -> None:
         "torch_dtype": str(dtype).removeprefix("torch."),  # the key that every version reads
     }
     values.pop("dtype", None)  # the same under its newer key, from a config.json that was read
-    text = json.dumps(values, indent=2, ensure_ascii=False)
-    write_file(folder / "config.json", text.encode())
+    write_json(folder / "config.json", values)
+    preprocessor = model.config.preprocessor
+    if preprocessor is None:
+        preprocessor = default_preprocessor(model.config)
+    write_json(folder / "preprocessor_config.json", preprocessor)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -1618,6 +1633,11 @@ def write_file(path: Path, content: bytes | Callable) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write a dict as JSON, whole or not at all."""
+    write_file(path, json.dumps(values, indent=2, ensure_ascii=False).encode())
 
 
 # ---- Pictures: from a file's values to 8-bit pixels ----------------------------------------------
@@ -1867,27 +1887,174 @@ def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
 
+def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel; of grey, the means of the three."""
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
+
+
+def standardize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(pixels - mean) / std of each channel. pixels: ... c height width."""
+    mean = constant(mean, pixels.dtype, pixels.device).reshape(-1, 1, 1)
+    std = constant(std, pixels.dtype, pixels.device).reshape(-1, 1, 1)
+    return torch.addcmul(-mean / std, pixels, 1 / std)  # in one pass over the pixels
+
+
 def normalize(pixels: Tensor) -> Tensor:
     """From [0, 1] to mean 0 and standard deviation 1 on ImageNet. pixels: ... c height width."""
-    mean = constant(IMAGENET_MEAN, pixels.dtype, pixels.device)
-    std = constant(IMAGENET_STD, pixels.dtype, pixels.device)
-    if pixels.shape[-3] != 3:  # grey: the mean of the three
-        mean = mean.mean()
-        std = std.mean()
-    # (pixels - mean) / std, in one pass over the pixels
-    return torch.addcmul((-mean / std).reshape(-1, 1, 1), pixels, (1 / std).reshape(-1, 1, 1))
+    return standardize(pixels, *imagenet_statistics(pixels.shape[-3]))
 
 
-def preprocess(images, config: ViTMSNConfig, protocol: str = "squash") -> Tensor:
+@dataclass(frozen=True)
+class Preprocessor:
+    """What a preprocessor_config.json says: its words, and transformers' defaults for those that
+    it leaves out (ViTImageProcessor's, which are not ImageNet's statistics).
+
+    Raises ValueError for a value that means nothing here.
+    """
+
+    do_resize: bool = True
+    size: tuple[int, int] = (224, 224)  # height, width
+    resample: int = Image.Resampling.BILINEAR
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: tuple[float, ...] = (0.5,)  # of each channel, or one for all
+    image_std: tuple[float, ...] = (0.5,)
+
+    @classmethod
+    def from_config(cls, config: ViTMSNConfig) -> "Preprocessor":
+        """That of the folder from which the config came, or else the default."""
+        values = config.preprocessor
+        if values is None:
+            values = default_preprocessor(config)
+        try:
+            return cls.from_dict(values, config.num_channels)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"preprocessor_config.json asks for what is not done here: {error}. Change it, set "
+                "config.preprocessor = None for the default, or make the pixel values yourself."
+            ) from error
+
+    @classmethod
+    def from_dict(cls, values: dict, channels: int) -> "Preprocessor":
+        """From the content of the file. Raises KeyError, TypeError or ValueError."""
+        refuse_other_processing(values)
+        found = {entry.name: values[entry.name] for entry in fields(cls) if entry.name in values}
+        if "size" in found:
+            found["size"] = height_and_width(found["size"])
+        if found.get("resample", 2) not in list(Image.Resampling):
+            raise ValueError(f"resample={found['resample']!r} is no filter of Pillow")
+
+        for name in ("image_mean", "image_std"):
+            found[name] = value_of_each_channel(name, values.get(name, 0.5), channels)
+        if not is_number(found.get("rescale_factor", 1)):
+            raise ValueError(f"rescale_factor={found['rescale_factor']!r} is no number")
+        return cls(**found)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """(pixels - mean) / std, as far as it is asked for. pixels: ... c height width."""
+        if not self.do_normalize:
+            return pixels
+        return standardize(pixels, self.image_mean, self.image_std)
+
+    def not_statistics(self, config: ViTMSNConfig) -> list[str]:
+        """Whatever else than mean and deviation differs from the default, as name=value."""
+        default = Preprocessor.from_dict(default_preprocessor(config), config.num_channels)
+        changed = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            is_statistic = entry.name in ("image_mean", "image_std")
+            if not is_statistic and value != getattr(default, entry.name):
+                changed.append(f"{entry.name}={value}")
+        return changed
+
+
+IMAGE_PROCESSORS = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil")
+EXTRACTORS = ("ViTFeatureExtractor",)  # what the processor was called in old files
+
+
+def refuse_other_processing(values: dict) -> None:
+    """Raise ValueError for a processor of another kind, or a step that is not done here."""
+    kind = values.get("image_processor_type") or values.get("feature_extractor_type")
+    if kind not in (None, *IMAGE_PROCESSORS, *EXTRACTORS):
+        raise ValueError(f"image_processor_type={kind!r}, and only ViTImageProcessor is known")
+
+    known = {entry.name for entry in fields(Preprocessor)} | {"do_convert_rgb"}  # always done
+    for name, value in values.items():
+        if name.startswith("do_") and name not in known and value:
+            raise ValueError(f"{name}={value!r}")
+
+
+def is_number(value) -> bool:
+    """Whether this is a finite number; True and False are none."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def height_and_width(size: int | dict) -> tuple[int, int]:
+    """A processor's size: one number, or height and width. Raises ValueError for other kinds."""
+    if type(size) is int:
+        size = {"height": size, "width": size}
+    if not isinstance(size, dict) or not {"height", "width"} <= size.keys():
+        raise ValueError(f"size={size!r}, and only height and width are known")
+    for side in (size["height"], size["width"]):
+        if type(side) is not int or side < 1:
+            raise ValueError(f"size={size!r} must be whole numbers of at least 1")
+    return size["height"], size["width"]
+
+
+def value_of_each_channel(name: str, values: list | float, channels: int) -> tuple[float, ...]:
+    """image_mean or image_std: a number for each channel, or one for all. Raises ValueError."""
+    if not isinstance(values, list):
+        values = [values]
+    if len(values) not in (1, channels) or not all(map(is_number, values)):
+        raise ValueError(f"{name}={values} must be {channels} numbers, one for each channel")
+    if name == "image_std" and 0 in values:
+        raise ValueError(f"image_std={values} has a 0")
+    return tuple(values)
+
+
+def default_preprocessor(config: ViTMSNConfig) -> dict:
+    """The preprocessor_config.json of what `preprocess` does for a model without one."""
+    mean, std = imagenet_statistics(config.num_channels)
+    return {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(mean),
+        "image_processor_type": "ViTImageProcessor",
+        "image_std": list(std),
+        "resample": int(Image.Resampling.BILINEAR),
+        "rescale_factor": 1 / 255,
+        "size": {"height": config.image_size, "width": config.image_size},
+    }
+
+
+def with_image_size(config: ViTMSNConfig, image_size: int) -> ViTMSNConfig:
+    """The config for images of another size, to which its preprocessor resizes them, too."""
+    preprocessor = config.preprocessor
+    if preprocessor is not None and image_size != config.image_size:
+        preprocessor = {**preprocessor, "size": {"height": image_size, "width": image_size}}
+    return replace(config, image_size=image_size, preprocessor=preprocessor)
+
+
+def preprocess(
+    images,
+    config: ViTMSNConfig,
+    protocol: str = "squash",
+    rules: PictureRules | None = None,
+) -> Tensor:
     """Pictures, one or a list, to pixel values. -> b c image_size image_size.
 
     A picture is a path, a PIL image, a numpy array (h w, h w c or c h w) or a tensor (h w, c h w).
-    More than 8 bits and transparent pixels are treated by the `picture_rules` of the config, as in
-    the model's training (PictureRules); ranges that are not among them are found on these pictures.
+    More than 8 bits and transparent pixels are treated by `rules`, or by the `picture_rules` of the
+    config, as in the model's training; ranges that are not among them are found on these pictures.
     "squash" resizes both sides to image_size, whatever the picture's proportions.
     "center-crop" resizes the shorter side to 256/224 of it and cuts out the middle.
-    Both are bilinear and normalise by ImageNet's statistics. Raises ValueError for any other
-    protocol, or without images.
+    Both are bilinear and normalise by ImageNet's statistics, unless the model came with a
+    preprocessor_config.json: then its numbers count. Raises ValueError for what can't be done of
+    it, for any other protocol, or without images.
     Departure: the paper evaluates by "center-crop"; the default is that of transformers.
     """
     images = list_pictures(images)
@@ -1897,21 +2064,39 @@ def preprocess(images, config: ViTMSNConfig, protocol: str = "squash") -> Tensor
             "'center-crop'."
         )
 
-    rules = PictureRules.from_config(config)
+    rules = rules or PictureRules.from_config(config)
     deep_pictures = [deep_values(picture, rules) for picture in images]
     rules = rules.completed(values for values in deep_pictures if values is not None)
 
-    size = config.image_size
+    preprocessor = Preprocessor.from_config(config)
     batch = []
     for picture in images:
         image = picture_to_rgb(picture, config.num_channels, rules)
-        if protocol == "squash":
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        else:
-            image = center_crop(image, size)
-        pixels = torch.from_numpy(np.array(image)).reshape(size, size, -1)
+        image = to_size(image, preprocessor, protocol)
+        pixels = torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
         batch.append(pixels.permute(2, 0, 1))
-    return normalize(torch.stack(batch).float() / 255)
+
+    shapes = {pixels.shape for pixels in batch}
+    if len(shapes) > 1:  # only if do_resize is off
+        sizes = ", ".join(f"{height} x {width}" for _, height, width in sorted(shapes))
+        raise ValueError(
+            f"preprocessor_config.json has do_resize off, and the pictures are {sizes} pixels; "
+            "resize them to one size."
+        )
+    pixels = torch.stack(batch).float()
+    if preprocessor.do_rescale:
+        pixels = pixels * preprocessor.rescale_factor
+    return preprocessor.normalize(pixels)
+
+
+def to_size(image: Image.Image, preprocessor: Preprocessor, protocol: str) -> Image.Image:
+    """The picture at the preprocessor's size, squashed or its middle."""
+    if not preprocessor.do_resize:
+        return image
+    height, width = preprocessor.size
+    if protocol == "squash":
+        return image.resize((width, height), preprocessor.resample)
+    return center_crop(image, height, width, preprocessor.resample)
 
 
 def list_pictures(images) -> list:
@@ -1973,15 +2158,16 @@ def picture_to_rgb(picture, channels: int, rules: PictureRules) -> Image.Image:
         return to_rgb(image, channels, rules)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle size x size pixels of the image, its shorter side resized to size * 256 / 224."""
-    scale = size * 256 / 224 / min(image.size)
-    width = max(size, round(image.width * scale))
-    height = max(size, round(image.height * scale))
-    left = (width - size) // 2
-    top = (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return image.crop((left, top, left + size, top + size))
+def center_crop(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:
+    """The middle height x width pixels of the picture, resized to 256/224 of the size at which it
+    would just cover them."""
+    scale = 256 / 224 * max(height / image.height, width / image.width)
+    whole_width = max(width, round(image.width * scale))
+    whole_height = max(height, round(image.height * scale))
+    left = (whole_width - width) // 2
+    top = (whole_height - height) // 2
+    image = image.resize((whole_width, whole_height), resample)
+    return image.crop((left, top, left + width, top + height))
 
 
 # ---- Worked example: python vitmsn.py ------------------------------------------------------------

@@ -847,6 +847,35 @@ def test_predict_names_skips_and_counts_what_it_cannot_read(world, capsys, tmp_p
     assert float(records[0]["probability"]) > float(records[1]["probability"])
 
 
+def test_commands_follow_the_models_own_preprocessor(world, tmp_path, capsys):
+    """predict does all that preprocessor_config.json says; embed its statistics, and says what
+    else it leaves out."""
+    picture = next((world / "data" / "val").rglob("*.png"))
+    table = tmp_path / "out.csv"
+    features = tmp_path / "f.npz"
+    numbers = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3}
+    numbers["size"] = {"height": 24, "width": 40}
+    for part in ("encoder", "classifier"):
+        shutil.copytree(world / part, tmp_path / part)
+        (tmp_path / part / "preprocessor_config.json").write_text(json.dumps(numbers))
+
+    assert run("predict", tmp_path / "classifier", picture, top=1, csv=table) == 0
+    model = ViTMSNForImageClassification.from_pretrained(tmp_path / "classifier")
+    pixels = preprocess(picture, model.config)
+    logits = model(pixels, interpolate_pos_encoding=True).logits
+    expected = logits.softmax(dim=-1).max().item()
+    assert float(read_csv(table)[0]["probability"]) == pytest.approx(expected, abs=1e-6)
+    assert "not followed" not in capsys.readouterr().err
+
+    assert run("embed", tmp_path / "encoder", picture, output=features) == 0
+    err = capsys.readouterr().err
+    assert "resample=3 is not followed" in err and "size=(24, 40) is not followed" in err
+    model = ViTMSNModel.from_pretrained(tmp_path / "encoder")
+    model.config.preprocessor = {**numbers, "resample": 2, "size": model.config.image_size}
+    expected = model.representation(preprocess(picture, model.config))
+    assert_relatively_close(np.load(features)["features"], expected, 0.02)
+
+
 def test_embed_writes_features_path_and_class_of_each_image(world, tmp_path):
     """features.npz has the representation of each picture, its path and its folder's name."""
     target = tmp_path / "new" / "f.npz"

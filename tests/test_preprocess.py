@@ -1,17 +1,26 @@
 """Pictures to pixel values: the published processor's numbers, for every mode that Pillow opens."""
 
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from common import random_picture, tiny_config
+from common import random_picture, tiny_classifier, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch.testing import assert_close
 
-from vitmsn import normalize, preprocess, to_rgb
+from vitmsn import (
+    ViTMSNConfig,
+    ViTMSNForImageClassification,
+    ViTMSNModel,
+    normalize,
+    preprocess,
+    to_rgb,
+)
 
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
@@ -105,3 +114,138 @@ def test_an_unknown_protocol_and_no_pictures_are_refused():
         preprocess(random_picture(), tiny_config(), "crop")
     with pytest.raises(ValueError, match="at least one"):
         preprocess([], tiny_config())
+
+
+# -- preprocessor_config.json ----------------------------------------------------------------------
+
+
+def folder_with(preprocessor: dict | None, folder: Path, **changes) -> Path:
+    """A saved model whose preprocessor_config.json is this one, or none."""
+    tiny_classifier(**changes).save_pretrained(folder)
+    (folder / "preprocessor_config.json").unlink()
+    if preprocessor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
+
+
+def test_saved_folders_say_how_pictures_become_pixels(tmp_path):
+    """preprocessor_config.json is what image processors read, and says what preprocess does."""
+    model = tiny_classifier()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": 32, "width": 32},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN.tolist(),
+        "image_std": STD.tolist(),
+    }
+    picture = random_picture()
+    loaded = ViTMSNForImageClassification.from_pretrained(tmp_path).config
+    assert_close(preprocess(picture, loaded), preprocess(picture, model.config), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_saved_preprocessor_changes_no_pixel(channels, tmp_path):
+    """Saved and loaded, a model sees the same pixels, in colour and in grey."""
+    model = tiny_classifier(num_channels=channels)
+    model.save_pretrained(tmp_path)
+    config = ViTMSNConfig.from_pretrained(tmp_path)
+    assert config.preprocessor is not None
+    for protocol in ("squash", "center-crop"):
+        pixels = preprocess(random_picture(), config, protocol)
+        assert_close(pixels, preprocess(random_picture(), model.config, protocol), rtol=0, atol=0)
+
+
+def test_a_preprocessor_that_a_folder_brought_along_is_kept(tmp_path):
+    """Loading and saving again loses nothing of the file, whatever is in it."""
+    brought = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "other": [1]}
+    model = ViTMSNModel.from_pretrained(folder_with(brought, tmp_path / "old"))
+    model.save_pretrained(tmp_path / "new")
+    assert json.loads((tmp_path / "new/preprocessor_config.json").read_text()) == brought
+    assert "preprocessor" not in (tmp_path / "new/config.json").read_text()
+
+
+@given(
+    height=st.integers(8, 40),
+    width=st.integers(8, 40),
+    resample=st.sampled_from(list(Image.Resampling)),
+    mean=st.lists(st.floats(-1, 1), min_size=3, max_size=3),
+    std=st.lists(st.floats(0.1, 2), min_size=3, max_size=3),
+    factor=st.sampled_from([1 / 255, 1 / 127.5, 1.0]),
+    switches=st.fixed_dictionaries(
+        {name: st.booleans() for name in ("do_resize", "do_rescale", "do_normalize")}
+    ),
+)
+def test_preprocess_follows_every_number_of_the_folder(
+    height, width, resample, mean, std, factor, switches
+):
+    """Size, filter, factor, mean, deviation and switches are those of preprocessor_config.json."""
+    config = tiny_config(
+        preprocessor={
+            "size": {"height": height, "width": width},
+            "resample": int(resample),
+            "image_mean": mean,
+            "image_std": std,
+            "rescale_factor": factor,
+            **switches,
+        }
+    )
+    image = random_picture()
+    pixels = preprocess(image, config)[0].permute(1, 2, 0).double().numpy()
+
+    expected = np.asarray(
+        image.resize((width, height), resample) if switches["do_resize"] else image
+    )
+    expected = expected * (factor if switches["do_rescale"] else 1)
+    if switches["do_normalize"]:
+        expected = (expected - mean) / std
+    np.testing.assert_allclose(pixels, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_what_a_file_leaves_out_is_as_in_transformers():
+    """Missing words have ViTImageProcessor's defaults: 224 pixels, mean and deviation 0.5."""
+    pixels = preprocess(random_picture(), tiny_config(preprocessor={"other": 1}))
+    resized = random_picture().resize((224, 224), Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.asarray(resized) / 127.5 - 1).permute(2, 0, 1).float()
+    assert_close(pixels[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        ({"do_center_crop": True}, "do_center_crop"),
+        ({"do_pad": True}, "do_pad"),
+        ({"size": {"shortest_edge": 32}}, "shortest_edge"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessor"),
+        ({"resample": 17}, "resample=17"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean"),
+        ({"image_mean": "grey"}, "image_mean"),
+        ({"size": {"height": 0, "width": 4}}, "size"),
+        ({"rescale_factor": None}, "rescale_factor"),
+        ({"image_std": [0, 1, 1]}, "image_std"),
+    ],
+)
+def test_what_preprocess_can_not_follow_is_named(values, named):
+    """A step or number of the file that is not done here is refused by its name, not left out."""
+    with pytest.raises(ValueError, match=rf"preprocessor_config\.json.*({named})"):
+        preprocess(random_picture(), tiny_config(preprocessor=values))
+
+
+def test_pictures_of_several_sizes_need_resizing():
+    """With do_resize off, pictures must be of one size, and the error says so."""
+    config = tiny_config(preprocessor={"do_resize": False})
+    with pytest.raises(ValueError, match=r"do_resize off.*10 x 20"):
+        preprocess([random_picture(), random_picture(width=20, height=10)], config)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_a_damaged_preprocessor_file_is_named(content, tmp_path):
+    """Whatever is wrong with the file, the error names it."""
+    folder = folder_with({}, tmp_path)
+    (folder / "preprocessor_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json can't be used"):
+        ViTMSNModel.from_pretrained(folder)

@@ -484,7 +484,7 @@ def test_saving_leaves_no_temporary_files_and_a_failure_keeps_the_old_ones(tmp_p
     model = backbone()
     model.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(before) == 2
+    assert len(before) == 3
 
     def full_disk(_):
         raise OSError("disk full")
