@@ -20,20 +20,24 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
+import queue
 import shutil
 import signal
 import sys
 import tarfile
+import threading
 import time
 import unicodedata
 import urllib.request
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -157,6 +161,7 @@ class TrainConfig:
     gradient_checkpointing: bool = opt(False, "keep less, compute more")
     compile: bool = opt(False, "torch.compile both encoders: minutes of waiting, then faster steps")
     num_workers: int = opt(0, "processes that decode images", range=(0, 1000))
+    batch_timeout: float = opt(300.0, "seconds to wait for them", range=(1, 10**6))
     cache_mb: int = opt(1024, "MiB of decoded images kept, train and val each", range=(0, 10**7))
     checkpoint_every: int = opt(500, "steps between checkpoints", range=(1, 10**9))
     knn_every: int = opt(10, "epochs between k-NN evaluations; 0 for never", range=(0, 10**6))
@@ -510,58 +515,91 @@ def train(
         print(f"{folder} is finished ({steps.start} steps); nothing to do", flush=True)
         return
 
-    model = build_model(replace(config, init_from="") if content else config, processes)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
-    if content:
-        restore(content, model, optimizer)
+    model, optimizer = set_up(config, content, processes)
     parallel_model = processes.parallel(model)
     reduce = processes.reduce
-
     if processes.is_first:
         announce(config, folder, data, model, steps)
         record = Record(folder, config, steps, content["elapsed"] if content else 0.0)
-    stop_signals = StopSignals(at_once=steps.start == 0 and processes.count == 1)
     unreadable = UnreadableFiles()
     my_images = processes.share_of(config.batch_size)
-    batches = load_batches(config, data.train, steps, my_images)
-    inputs = step_inputs(batches, config, steps, my_images, processes.device)
+    inputs = InputsAhead(config, data.train, steps, my_images, processes.device)
+    done = steps.start
+    at_once = done == 0 and processes.count == 1
 
-    for step, (views, unreadable_files) in enumerate(
-        prefetch(inputs, processes.device), steps.start
-    ):
-        seed_drop_path(config.seed, step, processes.rank)
-        now = schedule_at(config, step, steps_per_epoch)
-        try:
-            _, metrics = train_step(
-                parallel_model, optimizer, *views, now, config.clip_grad, config.precision, reduce
-            )
-        except FloatingPointError as error:
-            note = f"step {step}: {error}; the last checkpoint, if any, is in {folder}."
-            raise FloatingPointError(note) from None
+    with StopSignals(at_once) as signals, inputs:
+        for step in steps:
+            current = inputs.next(signals)
+            if processes.any(current is None):  # all of them stop before the same step
+                break
+            seed_drop_path(config.seed, step, processes.rank)
+            now = schedule_at(config, step, steps_per_epoch)
+            views = current.views
+            try:
+                _, metrics = train_step(
+                    parallel_model,
+                    optimizer,
+                    *views,
+                    now,
+                    config.clip_grad,
+                    config.precision,
+                    reduce,
+                )
+            except FloatingPointError as error:
+                note = f"step {step}: {error}; the last checkpoint, if any, is in {folder}."
+                raise FloatingPointError(note) from None
+            signals.at_once = False
+            unreadable.announce(current.unreadable)
+            done = step + 1
 
-        stop_signals.at_once = False
-        stop = processes.any(stop_signals.received)
-        unreadable.announce(unreadable_files)
-        done = step + 1
+            if processes.is_first:
+                epoch = done / steps_per_epoch
+                record.step(step, epoch, metrics, now)
+                if step == 0:
+                    save_views(folder / "views.png", views, config)
+                if data.val is not None and is_due(done, config.knn_every * steps_per_epoch):
+                    accuracy = knn_accuracy(model.target_encoder, data, config, processes.device)
+                    record.evaluation(done, epoch, accuracy)
+                if done == steps.stop or is_due(done, config.checkpoint_every):
+                    save_checkpoint(folder, model, optimizer, config, done, record.elapsed())
 
-        if processes.is_first:
-            epoch = done / steps_per_epoch
-            record.step(step, epoch, metrics, now)
-            if step == 0:
-                save_views(folder / "views.png", views, config)
-            if data.val is not None and is_due(done, config.knn_every * steps_per_epoch):
-                accuracy = knn_accuracy(model.target_encoder, data, config, processes.device)
-                record.evaluation(done, epoch, accuracy)
-            if stop or done == steps.stop or is_due(done, config.checkpoint_every):
+        if processes.any(signals.received) or done < steps.stop:
+            if processes.is_first and done > steps.start:
                 save_checkpoint(folder, model, optimizer, config, done, record.elapsed())
-            if stop:
-                command = f"the same command with --resume --output-dir {folder}"
-                say(f"stopped after step {done}; go on by {command}")
-        if stop:
+            say_stopped(folder, done, steps, inputs, processes)
             return
 
     if processes.is_first:
         finish_run(folder, model, data, config, steps.stop, record.elapsed(), processes)
+
+
+def set_up(
+    config: TrainConfig, content: dict | None, processes: "Processes"
+) -> tuple[ViTMSNForPreTraining, torch.optim.Optimizer]:
+    """Model and optimizer of a new run, or of the checkpoint to go on from."""
+    model = build_model(replace(config, init_from="") if content else config, processes)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
+    if content:
+        restore(content, model, optimizer)
+    return model, optimizer
+
+
+def say_stopped(
+    folder: Path, done: int, steps: range, inputs: "InputsAhead", processes: "Processes"
+) -> None:
+    """Say that the run stopped early, and how to go on. Raises RuntimeError if that was because an
+    input could not be had."""
+    go_on = f"go on by the same command with --resume --output-dir {folder}"
+    if processes.is_first and inputs.error is None:
+        say(f"stopped after step {done}; {go_on}")
+    processes.any(False)  # wait for the first one to say it: an error ends all processes
+    if inputs.error is None:
+        return
+
+    last_line = str(inputs.error).strip().rpartition("\n")[2]  # torch puts a traceback before it
+    problem = last_line.rstrip(".") or type(inputs.error).__name__
+    kept = f"All {done} steps that are done are kept; " if done > steps.start else ""
+    raise RuntimeError(f"{problem}. {kept}{go_on}{inputs.advice()}.") from inputs.error
 
 
 def steps_to_do(config: TrainConfig, steps_per_epoch: int, content: dict | None) -> range:
@@ -639,8 +677,11 @@ def read_metrics(
 
 
 class StopSignals:
-    """Notices SIGINT and SIGTERM. The first one asks for a stop after the step; the same signal
-    once more ends the program at once.
+    """Notices SIGINT and SIGTERM. The first one asks for a stop after the step; a second one, of
+    either kind, ends the program at once.
+
+    A context manager, after which the handlers are those of before. Only the main thread can have
+    handlers: in another one, nothing is noticed.
 
     at_once: the first one does, too, by KeyboardInterrupt: before the first step nothing is lost by
     it. Not with many processes, which have to stop together.
@@ -649,15 +690,28 @@ class StopSignals:
     def __init__(self, at_once: bool = False):
         self.received = False
         self.at_once = at_once
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.notice)
+        self.before: dict[int, Any] = {}  # signal -> its handler
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self.before[number] = signal.signal(number, self.notice)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def notice(self, number: int, frame) -> None:
-        """The handler of both: for the next signal of this kind, the default action is back."""
+        """The handler of both: for the next signal, the default action is back."""
         self.received = True
-        signal.signal(number, signal.SIG_DFL)
+        for either in STOP_SIGNALS:
+            signal.signal(either, signal.SIG_DFL)
         if self.at_once:
             raise KeyboardInterrupt
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 # ---- Augmentations: what views_of_one_size calls, for whole batches on the training device -------
@@ -1266,20 +1320,6 @@ def has_several_frames(path: Path, rules: PictureRules) -> bool:
         return image.format not in ("JPEG", "MPO") and getattr(image, "n_frames", 1) > 1
 
 
-def load_batches(
-    config: TrainConfig, images: Dataset, steps: range, my_images: slice
-) -> Iterator[Batch]:
-    """The Batch of each step, this process's part of the global batch."""
-    loader = DataLoader(
-        images,
-        batch_sampler=step_batches(config, len(images), steps, my_images),
-        collate_fn=Batch._make,  # a data set gives whole batches
-        num_workers=config.num_workers,
-        worker_init_fn=ignore_sigterm,
-    )
-    return iter(loader)  # this starts the workers
-
-
 def step_batches(
     config: TrainConfig, num_images: int, steps: range, my_images: slice
 ) -> Iterator[list[int]]:
@@ -1295,36 +1335,184 @@ def step_batches(
         yield order[first:][my_images].tolist()
 
 
-def prefetch(inputs: Iterator[StepInput], device: torch.device) -> Iterator[StepInput]:
-    """The same inputs, each made by a thread while the step before it computes.
+# ---- Inputs made ahead: images by workers, which may die or stall, and views by a thread ----------
+class Made(NamedTuple):
+    """What the thread of InputsAhead hands over."""
 
-    On a device, copies and views are queued in a stream of their own, beside the step's.
+    current: StepInput | None = None
+    ready: Any = None  # the event of a device that has made it
+    error: Exception | None = None  # why there is none
+
+
+class InputsAhead:
+    """The input of each step, made by a thread while the step before it computes.
+
+    On a device, copies and views are queued in a stream of their own, beside the step's; a device
+    without streams (mps) makes them in turn. A context manager: in the end, the thread and the
+    workers, which are the processes that decode images, are ended.
+
+    Why a thread waits for the workers: to wait for one that was stopped can take forever, and
+    nothing ends it. And if torch sees a worker die, it raises an error in the main thread, wherever
+    that is, such as between two halves of an update; from another thread it does not.
+
+    The thread blocks SIGINT and SIGTERM for itself and with that, however processes are started,
+    for all workers from their first moment on: Ctrl-C in a terminal reaches every process of a job,
+    and no worker may end before the step is done.
     """
-    module = torch.get_device_module(device)
-    stream = None
-    if device.type != "cpu":
-        if not hasattr(module, "Stream"):  # as of mps: in turn, then
-            yield from inputs
-            return
-        stream = module.Stream(device)
 
-    def make() -> tuple[StepInput | None, Any]:
-        if stream is None:
-            return next(inputs, None), None
-        with module.stream(stream):
-            made = next(inputs, None)
-            return made, stream.record_event()
+    def __init__(
+        self,
+        config: TrainConfig,
+        images: Dataset,
+        steps: range,
+        my_images: slice,
+        device: torch.device,
+    ):
+        self.loader = DataLoader(
+            images,
+            batch_sampler=step_batches(config, len(images), steps, my_images),
+            collate_fn=Batch._make,  # a data set gives whole batches
+            num_workers=config.num_workers,
+            worker_init_fn=ignore_stop_signals,
+        )
+        self.inputs = step_inputs(self.batches(), config, steps, my_images, device)
+        self.timeout = config.batch_timeout
+        self.error: Exception | None = None  # why there is no next input
+        self.workers: list[multiprocessing.Process] = []
+        self.device = device
+        self.module = torch.get_device_module(device)
+        self.stream = None
+        if device.type != "cpu" and hasattr(self.module, "Stream"):
+            self.stream = self.module.Stream(device)
+        self.in_turn = device.type != "cpu" and self.stream is None
 
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        ahead = thread.submit(make)
+        self.closing = False
+        self.wanted = threading.Semaphore(0)  # how many inputs the thread may make
+        self.made: queue.SimpleQueue[Made] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+
+    def __enter__(self) -> "InputsAhead":
+        if not self.in_turn:
+            self.wanted.release()
+        self.thread.start()
+        return self
+
+    def next(self, signals: "StopSignals") -> StepInput | None:
+        """The input of the next step. None if a signal asks for a stop, or if it can't be had: then
+        `error` says why."""
+        if self.in_turn:
+            self.wanted.release()
+        made = self.wait(signals)
+        if made.error is not None:
+            self.error = self.death_of_a_worker() or made.error
+        if made.current is None:
+            return None
+        if self.stream is not None:
+            take_over(made.current.views, made.ready, self.module.current_stream(self.device))
+        if not self.in_turn:
+            self.wanted.release()  # for the step after this one
+        return made.current
+
+    def wait(self, signals: "StopSignals") -> Made:
+        """What the thread has made, once it has. Of no content if a signal asks for a stop."""
+        waited = 0.0  # not by the clock, which goes on while the job is suspended
+        while not signals.received:
+            with suppress(queue.Empty):
+                return self.made.get(timeout=POLL)
+            waited += POLL
+            if waited >= self.timeout:
+                note = f"no images came for {self.timeout:g} s (--batch-timeout)"
+                return Made(error=WorkerError(note))
+        return Made()
+
+    def work(self) -> None:
+        """What the thread does."""
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            if multiprocessing.get_start_method() != "fork":
+                resource_tracker.ensure_running()  # which would take the block away
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         while True:
-            current, ready = ahead.result()
-            if current is None:
+            self.wanted.acquire()
+            if self.closing:
+                self.inputs.close()  # with that, torch ends the workers
                 return
-            ahead = thread.submit(make)
-            if stream is not None:
-                take_over(current.views, ready, module.current_stream(device))
-            yield current
+            self.made.put(self.make())
+
+    def make(self) -> Made:
+        """The next input, or the error that came instead."""
+        try:
+            if self.stream is None:
+                return Made(next(self.inputs))
+            with self.module.stream(self.stream):
+                return Made(next(self.inputs), self.stream.record_event())
+        except Exception as error:  # whatever happened, the steps that are done must be kept
+            return Made(error=error)
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the loader, whose workers are known then."""
+        others = multiprocessing.active_children()
+        batches = iter(self.loader)  # this starts the workers
+        self.workers = [p for p in multiprocessing.active_children() if p not in others]
+        yield from batches
+
+    def death_of_a_worker(self) -> Exception | None:
+        """An error with the reason, if a worker has ended by a signal or an error."""
+        multiprocessing.connection.wait([w.sentinel for w in self.workers], timeout=1)
+        for worker in self.workers:
+            if worker.exitcode:
+                how = how_it_ended(worker.exitcode)
+                return WorkerError(f"a process that decodes images {how}")
+        return None
+
+    def advice(self) -> str:
+        """What may help, to be appended to how to go on."""
+        if not isinstance(self.error, WorkerError):
+            return ""
+        if not self.loader.num_workers:
+            return ", from a faster disk or with a longer --batch-timeout"
+        fewer = self.loader.num_workers // 2
+        advice = f", with fewer workers (--num-workers {fewer})"
+        shared_memory = Path("/dev/shm")
+        if shared_memory.is_dir():
+            space = shutil.disk_usage(shared_memory)
+            advice += (
+                f" or more shared memory ({shared_memory} has {space.total >> 20} MiB; "
+                "docker run --shm-size 8g)"
+            )
+        return advice
+
+    def __exit__(self, *error) -> None:
+        self.closing = True
+        self.wanted.release()
+        self.thread.join(PATIENCE)
+        for worker in self.workers:
+            worker.kill()
+        for worker in self.workers:
+            worker.join(PATIENCE)
+
+
+POLL = 0.25  # seconds between two looks at whether a stop is asked for
+PATIENCE = 5  # seconds for a thread or a process to end
+
+
+class WorkerError(RuntimeError):
+    """A process that decodes images died, or gave none for too long."""
+
+
+def how_it_ended(exit_code: int) -> str:
+    """In words, from a Process's exit code, which is minus the number of a signal."""
+    if exit_code > 0:
+        return f"ended with an error (exit status {exit_code})"
+    name = signal.Signals(-exit_code).name
+    causes = {"SIGKILL": " (often for want of memory)", "SIGBUS": " (no room in shared memory)"}
+    return f"was ended by {name}{causes.get(name, '')}"
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For a worker: what stops the job leaves it at work until the step is done. (Where signals
+    can't be blocked, that is from here on.)"""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def take_over(views: Views, ready, stream) -> None:
@@ -1333,12 +1521,6 @@ def take_over(views: Views, ready, stream) -> None:
     for x in (views.target_view, *views.anchor_views, *views.patches_to_keep):
         if x is not None:
             x.record_stream(stream)  # its memory is in use until this stream is done with it
-
-
-def ignore_sigterm(worker: int) -> None:
-    """For a process that decodes images: a signal to the whole job leaves it at work until the step
-    is done."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ---- A folder of pictures: which files are pictures, and which of them are for what --------------
@@ -2045,6 +2227,7 @@ FREE_TO_CHANGE = {
     "resume",
     "output_dir",
     "num_workers",
+    "batch_timeout",
     "max_steps",
     "checkpoint_every",
     "knn_every",

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -102,13 +101,8 @@ def make_pictures(folder: Path, count: int = 24, classes: int = 2, size: int = 2
 
 
 def run_here(*flags) -> int:
-    """Run train_msn.py in this process; signal handlers are put back. -> exit status."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return train_msn.run_program(train_msn.main, [*map(str, flags)])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    """Run train_msn.py in this process -> exit status."""
+    return train_msn.run_program(train_msn.main, [*map(str, flags)])
 
 
 def start(

@@ -6,7 +6,6 @@ A checkpoint is never lost, and the right run is found again.
 import json
 import os
 import random
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from runs import (
     read_columns,
     run_here,
     start,
-    wait_for,
 )
 
 import train_msn
@@ -98,43 +96,6 @@ def test_bfloat16_runs_resume_bit_for_bit_too(pictures, tmp_path):
     assert run_here(*flags(pictures, b, "--precision", "bfloat16", "--max-steps", "5")) == 0
     assert run_here(*flags(pictures, b, "--resume")) == 0
     assert_same_result(a, b)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(number, pictures, tmp_path):
-    """SIGTERM and SIGINT end a run after the step, with a checkpoint and exit status 0."""
-    process = start(*flags(pictures, tmp_path / "run", "--epochs", "100000"))
-    wait_for(tmp_path / "run" / "views.png", process)
-    process.send_signal(number)
-    status, printed = finish(process)
-    assert status == 0 and "--resume" in printed
-    assert vitmsn.read_tensors(tmp_path / "run" / "checkpoint.pt")["step"] >= 1
-
-
-def test_a_signal_to_the_whole_job_stops_it_after_the_step_too(pictures, tmp_path):
-    """A signal that also reaches the processes that decode images does not break the step."""
-    more = ("--epochs", "100000", "--num-workers", "2")
-    process = start(*flags(pictures, tmp_path / "run", *more), session=True)
-    wait_for(tmp_path / "run" / "views.png", process)
-    os.killpg(process.pid, signal.SIGTERM)
-    status, printed = finish(process)
-    assert status == 0 and "stopped after step" in printed, printed
-    assert vitmsn.read_tensors(tmp_path / "run" / "checkpoint.pt")["step"] >= 1
-
-
-def test_the_first_signal_asks_for_a_stop_and_the_second_is_left_to_the_system():
-    """After one signal its default action is back, which ends the program."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop_signals = train_msn.StopSignals()
-        assert not stop_signals.received
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop_signals.received
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        assert signal.getsignal(signal.SIGINT) == stop_signals.notice
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def test_a_run_whose_end_failed_is_not_finished(pictures, tmp_path, monkeypatch):

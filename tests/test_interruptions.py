@@ -1,0 +1,126 @@
+"""Signals, and workers that die or stall: what is done is kept, and nothing waits for ever.
+
+Workers are the processes that decode images. How Python starts them, by fork, forkserver or spawn,
+depends on its version and on the system.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+from runs import TINY, finish, make_pictures, start, wait_for
+
+import train_msn
+import vitmsn
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def start_long(pictures, folder: Path, workers: int, how: str = "", *more) -> subprocess.Popen:
+    """Start a run that does not end by itself, in a process group of its own, and wait until it has
+    done a step. how: the start method of its workers."""
+    environment = {}
+    if how:
+        # Python runs this before anything else, in all its processes.
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lines = f"import multiprocessing\nmultiprocessing.set_start_method({how!r}, force=True)\n"
+        (folder.parent / "sitecustomize.py").write_text(lines)
+        environment["PYTHONPATH"] = str(folder.parent)
+    flags = (*TINY, "--data", pictures, "--output-dir", folder, "--epochs", "100000")
+    flags += ("--knn-every", "0", "--num-workers", workers, *more)
+    process = start(*flags, session=True, **environment)
+    wait_for(folder / "views.png", process)
+    return process
+
+
+def group_of(process: subprocess.Popen) -> list[int]:
+    """The processes of its group that live."""
+    listed = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True)
+    return [int(number) for number in listed.stdout.split()]
+
+
+def assert_all_end(process: subprocess.Popen) -> None:
+    """Its helpers end soon after it: Python's own, when they notice that it is gone."""
+    until = time.time() + 20
+    while group_of(process) and time.time() < until:
+        time.sleep(0.1)
+    left = group_of(process)
+    listed = subprocess.run(["ps", "-o", "pid,args", *map(str, left)], capture_output=True)
+    assert not left, listed.stdout.decode()
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The processes that decode images for it, started by fork."""
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(number) for number in listed.stdout.split()]
+
+
+def steps_kept(folder: Path) -> int:
+    """How many steps the checkpoint has; as many as the table."""
+    kept = vitmsn.read_tensors(folder / "checkpoint.pt")["step"]
+    lines = train_msn.read_table(folder / "metrics.csv")
+    assert [int(line["step"]) for line in lines] == list(range(kept))
+    return kept
+
+
+# -- signals ---------------------------------------------------------------------------------------
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CASES = list(product(SIGNALS, ("fork", "forkserver", "spawn"), (0, 2), ("program", "job")))
+FEW = [(signal.SIGINT, "fork", 0, "program"), (signal.SIGTERM, "fork", 2, "job")]
+FEW.append((signal.SIGINT, "spawn", 2, "job"))
+
+
+@pytest.mark.parametrize(
+    ("number", "how", "workers", "whom"),
+    [case if case in FEW else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
+def test_a_signal_stops_a_run_after_the_step_with_a_checkpoint(
+    number, how, workers, whom, pictures, tmp_path
+):
+    """SIGINT and SIGTERM, to the program alone or (Ctrl-C) to the workers of its job as well, leave
+    a checkpoint of all steps, exit status 0, a line that says how to go on, and no process."""
+    folder = tmp_path / "run"
+    process = start_long(pictures, folder, workers, how)
+    if whom == "program":
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
+    status, printed = finish(process)
+    kept = steps_kept(folder)
+    assert status == 0 and kept >= 1, printed
+    assert f"stopped after step {kept}; go on by" in printed and "--resume" in printed, printed
+    assert "Traceback" not in printed, printed
+    assert_all_end(process)
+
+
+@pytest.mark.parametrize(("first", "second"), list(product(SIGNALS, SIGNALS)))
+def test_a_second_signal_of_either_kind_is_left_to_the_system(first, second):
+    """The first asks for a stop; after it both have their default action, which ends a program. In
+    the end the handlers are those of before."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with train_msn.StopSignals() as signals:
+        assert not signals.received
+        os.kill(os.getpid(), first)
+        assert signals.received
+        assert signal.getsignal(second) == signal.SIG_DFL
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_second_signal_ends_a_run_that_is_at_work_on_the_first(pictures, tmp_path):
+    """It does not matter what the program is at."""
+    process = start_long(pictures, tmp_path / "run", 0, "", "--image-size", "16")
+    os.kill(process.pid, signal.SIGSTOP)  # so that both come while it is in the same step
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGCONT)
+    status, printed = finish(process)
+    # The second one may come when the first one has ended the run already.
+    assert status in (-signal.SIGINT, -signal.SIGTERM, 0), printed
