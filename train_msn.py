@@ -516,7 +516,7 @@ def train(
         return
 
     model, optimizer = set_up(config, content, processes)
-    parallel_model = processes.parallel(model)
+    wrapped = processes.parallel(model)
     reduce = processes.reduce
     if processes.is_first:
         announce(config, folder, data, model, steps)
@@ -537,13 +537,7 @@ def train(
             views = current.views
             try:
                 _, metrics = train_step(
-                    parallel_model,
-                    optimizer,
-                    *views,
-                    now,
-                    config.clip_grad,
-                    config.precision,
-                    reduce,
+                    wrapped, optimizer, *views, now, config.clip_grad, config.precision, reduce
                 )
             except FloatingPointError as error:
                 note = f"step {step}: {error}; the last checkpoint, if any, is in {folder}."
@@ -1335,7 +1329,7 @@ def step_batches(
         yield order[first:][my_images].tolist()
 
 
-# ---- Inputs made ahead: images by workers, which may die or stall, and views by a thread ----------
+# ---- Inputs made ahead: images by workers, which may die or stall, and views by a thread ---------
 class Made(NamedTuple):
     """What the thread of InputsAhead hands over."""
 

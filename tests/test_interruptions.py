@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -124,3 +125,97 @@ def test_a_second_signal_ends_a_run_that_is_at_work_on_the_first(pictures, tmp_p
     status, printed = finish(process)
     # The second one may come when the first one has ended the run already.
     assert status in (-signal.SIGINT, -signal.SIGTERM, 0), printed
+
+
+# -- workers that die or stall ---------------------------------------------------------------------
+
+
+def assert_goes_on(pictures, folder: Path, kept: int) -> None:
+    """The checkpoint is good: the same command goes on from it."""
+    flags = (*TINY, "--data", pictures, "--output-dir", folder, "--epochs", "100000", "--resume")
+    process = start(*flags, "--knn-every", "0", "--max-steps", kept + 1)
+    status, printed = finish(process)
+    assert status == 0, printed
+    assert steps_kept(folder) == kept + 1
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGBUS, marks=pytest.mark.slow)]
+)
+def test_a_worker_that_dies_loses_no_step(number, pictures, tmp_path):
+    """If a worker is killed (for want of memory, or of shared memory, which is SIGBUS), the run
+    ends with all its steps kept and says which they are and what may help."""
+    folder = tmp_path / "run"
+    process = start_long(pictures, folder, 2)
+    os.kill(workers_of(process)[0], number)
+    status, printed = finish(process)
+    kept = steps_kept(folder)
+    assert status == 1 and kept >= 1, printed
+    for part in (number.name, f"All {kept} steps", "--resume", "--num-workers 1", "shared memory"):
+        assert part in printed, printed
+    assert "Traceback" not in printed, printed
+    assert_all_end(process)
+    assert_goes_on(pictures, folder, kept)
+
+
+def test_workers_that_stall_end_a_run_after_the_time_out(pictures, tmp_path):
+    """If the workers do nothing for --batch-timeout seconds, the run ends with its steps kept."""
+    folder = tmp_path / "run"
+    process = start_long(pictures, folder, 2, "", "--batch-timeout", "2")
+    for worker in workers_of(process):
+        os.kill(worker, signal.SIGSTOP)
+    status, printed = finish(process)
+    kept = steps_kept(folder)
+    assert status == 1 and kept >= 1, printed
+    assert "no images came for 2 s" in printed and f"All {kept} steps" in printed, printed
+    assert_all_end(process)
+
+
+def test_a_signal_stops_a_run_whose_workers_stall(pictures, tmp_path):
+    """One signal is enough, long before the time-out."""
+    folder = tmp_path / "run"
+    process = start_long(pictures, folder, 2)
+    for worker in workers_of(process):
+        os.kill(worker, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    status, printed = finish(process)
+    assert status == 0 and f"stopped after step {steps_kept(folder)}" in printed, printed
+    assert_all_end(process)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_pictures_that_vanish_lose_no_step(workers, tmp_path):
+    """An error in reading, in a worker or not, is said as it is; the steps before it are kept."""
+    pictures = make_pictures(tmp_path / "pictures")
+    folder = tmp_path / "run"
+    process = start_long(pictures, folder, workers, "", "--cache-mb", "0")
+    os.rename(pictures, tmp_path / "gone")
+    status, printed = finish(process)
+    kept = steps_kept(folder)
+    assert status == 1 and f"All {kept} steps" in printed, printed
+    assert "--num-workers" not in printed and "Traceback" not in printed, printed
+
+
+# -- in process ------------------------------------------------------------------------------------
+
+
+def test_main_works_in_a_thread(pictures, tmp_path):
+    """Where no signal handler can be had, a run is as any other; it goes on by --resume."""
+    folder = tmp_path / "run"
+    flags = [*map(str, (*TINY, "--data", pictures, "--output-dir", folder))]
+    before = [signal.getsignal(number) for number in SIGNALS]
+    for more in (["--max-steps", "2"], ["--resume"]):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(train_msn.main, [*flags, *more]).result()
+    assert (folder / "summary.json").exists()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_handlers_are_put_back_whatever_happens(pictures, tmp_path, monkeypatch):
+    """Even after an error in the loop, Ctrl-C means in a notebook what it meant before."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    monkeypatch.setattr(train_msn, "train_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        flags = (*TINY, "--data", pictures, "--output-dir", tmp_path / "run")
+        train_msn.main([*map(str, flags)])
+    assert [signal.getsignal(number) for number in SIGNALS] == before
