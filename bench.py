@@ -21,7 +21,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -77,6 +76,7 @@ from train_msn import (
     say,
     schedule_at,
     send,
+    set_threads,
     settle,
     start_processes,
     synthetic_images,
@@ -1463,12 +1463,12 @@ def train_and_kill(given: dict[str, Any], folder: Path) -> None:
     command = [sys.executable, str(program), "--output-dir", str(folder)]
     for name, value in given.items():
         command += ["--" + name.replace("_", "-"), str(value)]
+    # With another number of threads, sums are rounded differently.
+    command += ["--threads", str(torch.get_num_threads())]
 
     log = folder.with_suffix(".log")
-    threads = str(torch.get_num_threads())  # with another number, sums are rounded differently
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        process = subprocess.Popen(command, stdout=file, stderr=file)
         while process.poll() is None and not (folder / "checkpoint.pt").exists():
             time.sleep(0.01)
         process.kill()
@@ -2052,7 +2052,9 @@ def report_main(argv: list[str]) -> None:
     size: that shows that the command works, and says nothing of a GPU.
     """
     args = report_parser().parse_args(argv)
-    setup = make_setup(args)
+    config = TrainConfig(device=args.device, threads=args.threads)
+    set_threads(config.threads, config.hidden_size)
+    setup = make_setup(args, start_processes(config).device)
     report = open_report(args, setup)
     details = report.content["details"].items()
     print(", ".join(f"{name} {cell_text(value)}" for name, value in details))
@@ -2098,8 +2100,8 @@ def report_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads",
         type=int,
-        default=torch.get_num_threads(),
-        help="CPU threads that torch may use (default: %(default)s)",
+        default=0,
+        help="intra-op threads; 0: as many as torch takes (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
@@ -2128,12 +2130,6 @@ def add_common_flags(parser: argparse.ArgumentParser, recipe: str) -> None:
         "--preset",
         choices=PRESETS,
         help="start from a published model and its pretraining, but with batches of 8 images",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=torch.get_num_threads(),
-        help="CPU threads that torch may use (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
@@ -2218,12 +2214,6 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(memory=sys.platform == "linux")
 
 
-def add_views_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the suite views."""
-    add_source_size(parser)
-    parser.set_defaults(threads=1)  # Pillow has no more
-
-
 def add_source_size(parser: argparse.ArgumentParser) -> None:
     """The flag of all suites that start from pictures."""
     parser.add_argument(
@@ -2247,6 +2237,7 @@ REFUSED_BY_ALL = {
     "data": NO_FILES,
     "data_dir": NO_FILES,
     "num_workers": NO_FILES,
+    "batch_timeout": NO_FILES,
     "cache_mb": NO_FILES,
     "output_dir": "it writes nothing but the table; use --json FILE for that.",
     "resume": NO_RUN,
@@ -2261,6 +2252,7 @@ STEP_SETTINGS = ALL_SETTINGS - set(REFUSED_BY_ALL)
 MODEL_SETTINGS = {
     "recipe",
     "device",
+    "threads",
     "image_size",
     "patch_size",
     "hidden_size",
@@ -2271,6 +2263,7 @@ MODEL_SETTINGS = {
 VIEWS_SETTINGS = {
     "recipe",
     "device",
+    "threads",
     "seed",
     "batch_size",
     "image_size",
@@ -2333,13 +2326,14 @@ SUITES = {
     "growth": Suite(growth_suite, add_step_flags, STEP_SETTINGS, instead=NO_RUN),
     "views": Suite(
         views_suite,
-        add_views_flags,
+        add_source_size,
         VIEWS_SETTINGS,
         instead=NO_MODEL,
         refused={
             "attn": NO_MODEL,
             "anchor_view": "Pillow's side makes independent views only; use bench.py train.",
         },
+        changes={"threads": 1},  # Pillow has no more
     ),
 }
 
@@ -2438,18 +2432,13 @@ def training_config(args: argparse.Namespace, device: torch.device) -> TrainConf
     return replace(config, precision=choose_precision(config.precision, device))
 
 
-def make_setup(args: argparse.Namespace) -> Setup:
-    """Where and how to measure, by the common flags. Raises UsageError for numbers below 1."""
-    counts = [args.threads, args.repeats, *getattr(args, "batch_sizes", [])]
+def make_setup(args: argparse.Namespace, device: torch.device) -> Setup:
+    """How to measure, by the common flags. Raises UsageError for numbers below 1."""
+    counts = [args.repeats, *getattr(args, "batch_sizes", [])]
     if min(counts) < 1:
-        raise UsageError(
-            f"--threads {args.threads}, --repeats {args.repeats} and --batch-sizes must be at "
-            "least 1."
-        )
-    torch.set_num_threads(args.threads)
-    processes = start_processes(TrainConfig(device=getattr(args, "device", "auto")))
+        raise UsageError(f"--repeats {args.repeats} and --batch-sizes must be at least 1.")
     clock = time.process_time if args.cpu_time else time.perf_counter
-    return Setup(processes.device, args.threads, args.repeats, args.memory, clock)
+    return Setup(device, torch.get_num_threads(), args.repeats, args.memory, clock)
 
 
 def describe_machine(args: argparse.Namespace, setup: Setup) -> dict:
@@ -2533,8 +2522,10 @@ def main(argv: list[str]) -> None:
     recipe = first_look(argv, "--recipe")
     args = make_parser(preset, recipe).parse_args(argv)
 
-    setup = make_setup(args)
-    config = training_config(args, setup.device)
+    device = start_processes(TrainConfig(device=getattr(args, "device", "auto"))).device
+    config = training_config(args, device)
+    set_threads(config.threads, config.hidden_size)
+    setup = make_setup(args, device)
     if "source_size" in args and args.source_size is None:
         side = config.image_size if config.image_size < 64 else 2 * config.image_size
         args.source_size = [side, side]

@@ -40,6 +40,7 @@ from torch.utils.data import Dataset
 
 from train_msn import (
     ANY,
+    THREADS_HELP,
     TRIES,
     ImageFiles,
     Images,
@@ -62,12 +63,14 @@ from train_msn import (
     opt,
     picture_endings,
     picture_of,
+    precision_notes,
     run_program,
     runs_by_age,
     save_neighbours,
     save_plot,
     save_sheet,
     send,
+    set_threads,
     start_processes,
     to_picture,
     warmup_cosine,
@@ -230,6 +233,7 @@ class FinetuneConfig:
 
     # Machine
     device: str = opt("auto", "auto: a GPU if there is one, else cpu; or any that torch knows")
+    threads: int = opt(0, THREADS_HELP, range=(0, 1024))
     precision: str = opt("auto", "bfloat16 is autocast", choices=("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
@@ -1084,6 +1088,7 @@ def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel 
     load_weights(model, weights, config.checkpoint)
     if not classifier:  # predict follows them all
         note_other_processing(model_config)
+    set_threads(config.threads, model_config.hidden_size)
     return model.to(start_processes(config).device).eval()
 
 
@@ -1244,6 +1249,7 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
         f"{config.checkpoint}: {len(data.train)} training images of {len(data.classes)} classes, "
         f"{len(val)} of {len(data.val)} validation images; {len(unreadable)} can't be read",
         *data.notes,
+        *precision_notes(config.precision, encoder.cls_token.device),
         sep="\n",
         file=sys.stderr,
         flush=True,
@@ -1540,7 +1546,7 @@ COMMANDS = {
     "neighbours": Command(neighbours, flags=("output",)),
 }
 PICTURE_FLAGS = ("background", "integer_range", "float_range", "max_megapixels")
-COMMON_FLAGS = ("image_size", "device", *PICTURE_FLAGS)  # of all of them
+COMMON_FLAGS = ("image_size", "device", "threads", *PICTURE_FLAGS)  # of all of them
 THEIR_FLAGS = ("top", "csv", "output")  # of no use to train and the table
 TABLE_FLAGS = ("methods", "full", "l2", "pixel_size", "scratch_lr")  # of no use to train
 

@@ -24,6 +24,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import platform
 import queue
 import shutil
 import signal
@@ -61,6 +62,7 @@ from vitmsn import sample_patches_to_keep, sharpen, sinkhorn
 # ---- Settings: one frozen dataclass, from which the command line is derived ----------------------
 PRECISIONS = ("auto", "float32", "bfloat16", "float64")
 ANY = (-1e12, 1e12)  # a range of no meaning
+THREADS_HELP = "intra-op threads; 0: one for a small model, else as many as torch takes"
 
 
 def opt(default, text: str, **limits):
@@ -157,6 +159,7 @@ class TrainConfig:
     )
     # Machine
     device: str = opt("auto", "auto: a GPU if there is one, else cpu; or any that torch knows")
+    threads: int = opt(0, THREADS_HELP, range=(0, 1024))
     precision: str = opt("auto", "auto: bfloat16 where fast", choices=PRECISIONS)
     gradient_checkpointing: bool = opt(False, "keep less, compute more")
     compile: bool = opt(False, "torch.compile both encoders: minutes of waiting, then faster steps")
@@ -1008,6 +1011,23 @@ def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[d
     ]
 
 
+SMALL_WIDTH = 192  # models narrower than this are small
+
+
+def set_threads(threads: int, hidden_size: int) -> None:
+    """How many threads share each operation on the CPU. 0: one if the model is small, else as many
+    as torch takes.
+
+    In a small model an operation is so short that a second thread wins little; and if other
+    programs keep the cores busy, every operation waits until its last thread had a turn. The next
+    step's views are made by a thread of their own, however many there are here.
+    """
+    if threads == 0 and hidden_size < SMALL_WIDTH:
+        threads = 1
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def choose_precision(wanted: str, device: torch.device) -> str:
     """auto is bfloat16 where matrix products in it are fast: CUDA from Ampere on, CPUs with AMX.
 
@@ -1029,6 +1049,24 @@ def choose_precision(wanted: str, device: torch.device) -> str:
         has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not in every torch
         fast = has_amx is not None and has_amx()
     return "bfloat16" if fast else "float32"
+
+
+def precision_notes(precision: str, device: torch.device) -> list[str]:
+    """What to say before the start: that this CPU is slow in bfloat16, if it is."""
+    if precision != "bfloat16" or device.type != "cpu" or has_bfloat16_units():
+        return []
+    return [
+        "bfloat16 will be slow: this CPU has no units for it; such a run took a sixth of the time, "
+        "or less, in float32"
+    ]
+
+
+def has_bfloat16_units() -> bool:
+    """Whether the CPU multiplies matrices in bfloat16. True if torch cannot tell: it can on x86."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    checks = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or not checks or any(check() for check in checks)
 
 
 # ---- Data sets: built-in images, CIFAR-10, or a folder -------------------------------------------
@@ -2359,6 +2397,7 @@ def announce(
         *data.notes,
         f"encoder and projection head: {million_parameters:.2f} M parameters; "
         f"{config.precision} on {model.prototypes.device}",
+        *precision_notes(config.precision, model.prototypes.device),
     )
     print("\n".join(lines), flush=True)
 
@@ -3856,6 +3895,7 @@ def main(argv: list[str]) -> None:
     recipe = given.get("recipe") or recipe_for(given.get("data", "synthetic"))
     folder = choose_folder(make_config({"recipe": recipe, **given}))
     config, content = settle(given, folder, recipe)
+    set_threads(config.threads, config.hidden_size)
     processes = start_processes(config)
     config = replace(config, precision=choose_precision(config.precision, processes.device))
     data = open_data(config)

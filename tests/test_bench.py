@@ -558,7 +558,7 @@ def test_every_setting_that_a_suite_takes_is_looked_at(name):
 
     RecordedConfig.read.clear()
     list(suite.run(config, args, setup))
-    used_before = {"recipe", "device"}
+    used_before = {"recipe", "device", "threads"}
     assert suite.settings - used_before <= RecordedConfig.read
 
 
@@ -604,7 +604,7 @@ def test_flags_win_over_the_suite_and_the_suite_over_the_recipe(
 
 
 def test_a_number_below_one_is_refused_in_one_line(capsys):
-    assert run_program(bench.main, ["train", "--recipe", "demo", "--threads", "0"]) == 2
+    assert run_program(bench.main, ["train", "--recipe", "demo", "--repeats", "0"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -64,7 +64,7 @@ OWN_ROWS = [
     ("train_msn", "--init-from nowhere", 1, "nowhere is neither a file nor a folder"),
     ("finetune", "--nonsense 1", 2, "--nonsense"),
     ("finetune", "--device cuda --checkpoint OTHER --data DATA", 2, "no cuda device"),
-    ("bench", "--threads 0", 2, "--threads"),
+    ("bench", "--threads -1", 2, "threads=-1"),
     ("bench", "--device cuda", 2, "GPU"),
     ("bench", "--repeats none", 2, "--repeats"),
     ("bench", "--preset huge-1", 2, "huge-1"),

@@ -1,0 +1,144 @@
+"""--threads: how many threads share an operation, in all three programs, and what depends on it."""
+
+import platform
+from dataclasses import replace
+
+import pytest
+import torch
+from common import tiny_backbone
+from runs import TINY, make_pictures, result, run_here
+
+import bench
+import finetune
+import train_msn
+from train_msn import run_program
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads():
+    """What torch would take if nobody asked."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.mark.parametrize(
+    ("threads", "width", "expected"),
+    [(0, 96, 1), (0, 191, 1), (0, 192, 2), (0, 384, 2), (3, 96, 3), (3, 384, 3), (1, 384, 1)],
+)
+def test_a_small_model_takes_one_thread_unless_told_otherwise(
+    two_threads, threads, width, expected
+):
+    """0 is one thread below a width of 192, and what torch takes from there on."""
+    train_msn.set_threads(threads, width)
+    assert torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 1), (["--threads", "3"], 3)])
+def test_train_msn_takes_threads(two_threads, pictures, tmp_path, monkeypatch, flags, expected):
+    """The flag holds for steps, and for the thread that makes the next step's views beside them."""
+    seen = {}
+
+    def watch(name):
+        real = getattr(train_msn, name)
+
+        def watched(*arguments):
+            seen[name] = torch.get_num_threads()
+            return real(*arguments)
+
+        monkeypatch.setattr(train_msn, name, watched)
+
+    watch("train_step")
+    watch("make_views")
+    arguments = [*TINY, "--data", pictures, "--output-dir", tmp_path / "run", "--max-steps", 3]
+    assert run_here(*arguments, *flags) == 0
+    assert seen == {"train_step": expected, "make_views": expected}
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 1), (["--threads", "3"], 3)])
+def test_finetune_takes_threads(two_threads, pictures, tmp_path, flags, expected):
+    """Using a model takes the flag's threads, and one for a small model without it."""
+    tiny_backbone().save_pretrained(tmp_path / "model")
+    output = tmp_path / "features.npz"
+    command = ["embed", tmp_path / "model", pictures / "val", "--output", output, *flags]
+    assert run_program(finetune.main, [*map(str, command), "--device", "cpu"]) == 0
+    assert torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("train --recipe demo", 1),
+        ("train --preset small-16", 2),
+        ("inference", 2),
+        ("inference --threads 3", 3),
+        ("views", 1),
+    ],
+)
+def test_bench_takes_threads(two_threads, monkeypatch, command, expected):
+    """A suite takes the threads that train_msn.py would take for that model; views one."""
+    seen = []
+
+    def run(config, args, setup):
+        """A suite without cases."""
+        seen.extend([setup.threads, torch.get_num_threads()])
+        return iter(())
+
+    name = command.split()[0]
+    monkeypatch.setitem(bench.SUITES, name, replace(bench.SUITES[name], run=run))
+    bench.main([*command.split(), "--device", "cpu"])
+    assert seen == [expected, expected]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_run_depends_on_the_flag_and_on_nothing_else(pictures, tmp_path, threads):
+    """The same value gives the same bits, however many threads torch would take by itself."""
+    results = []
+    for of_torch in (1, 2):
+        torch.set_num_threads(of_torch)
+        folder = tmp_path / f"run-{of_torch}"
+        flags = ["--threads", threads, "--max-steps", 6]
+        assert run_here(*TINY, "--data", pictures, "--output-dir", folder, *flags) == 0
+        results.append(result(folder))
+
+    first, second = results
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[name]), name
+        else:
+            assert value == second[name], name
+
+
+@pytest.mark.parametrize(
+    ("precision", "machine", "units", "slow"),
+    [
+        ("bfloat16", "x86_64", False, True),
+        ("bfloat16", "AMD64", False, True),
+        ("bfloat16", "x86_64", True, False),
+        ("bfloat16", "arm64", False, False),  # torch cannot tell
+        ("float32", "x86_64", False, False),
+    ],
+)
+def test_a_cpu_without_bfloat16_units_is_named_before_it_starts(
+    pictures, tmp_path, monkeypatch, capsys, precision, machine, units, slow
+):
+    """A run that will be slow in bfloat16 says so in front of its first step; no other does."""
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: units, raising=False)
+
+    flags = ["--precision", precision, "--max-steps", 1, "--output-dir", tmp_path / "run"]
+    assert run_here(*TINY, "--data", pictures, *flags) == 0
+    said, _, _ = capsys.readouterr().out.partition("step ")
+    assert ("bfloat16 will be slow" in said) == slow
