@@ -85,6 +85,7 @@ from vitmsn import (
     ViTMSNModel,
     autocast,
     load_weights,
+    may_be_on_the_hub,
     normalize,
     preprocess,
     read_pretrained,
@@ -1104,9 +1105,7 @@ def note_other_processing(config: ViTMSNConfig) -> None:
 
 def check_is_there(checkpoint: str) -> None:
     """Raise UsageError for a checkpoint that is not there, unless it may be a name on the hub."""
-    path = Path(checkpoint)
-    is_hub_name = len(path.parts) == 2 and not path.parent.is_dir()
-    if path.exists() or is_hub_name:
+    if Path(checkpoint).exists() or may_be_on_the_hub(checkpoint):
         return
     runs = ", ".join(str(run) for run in runs_by_age(with_checkpoint=True)[:5])
     raise UsageError(
@@ -1226,6 +1225,7 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
     """
     if not config.checkpoint:
         config = replace(config, checkpoint=str(newest_labelled_run(config)))
+    check_is_there(config.checkpoint)
     run = run_folder(config.checkpoint)
     saved = saved_settings(run)
     source = config.data or saved.get("data")

@@ -1621,7 +1621,10 @@ def find_pictures(folder: Path) -> FoundFiles:
     that lead back up.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder.")
+        problem = "is a file" if folder.exists() else "is not found"
+        raise UsageError(
+            f"{folder} {problem}; --data takes synthetic, cifar10 or a folder of pictures."
+        )
     found = FoundFiles(folder, [], {})
     look_into(folder, (), picture_endings(), found)
     found.pictures.sort()
@@ -3768,7 +3771,7 @@ def check_settings(config: TrainConfig) -> None:
     for size in sizes:
         if size % config.patch_size:
             raise UsageError(
-                f"a view of {size} pixels is no whole patches of patch_size={config.patch_size}; "
+                f"a view of {size} pixels is no whole number of patches of {config.patch_size}; "
                 f"{sizes_that_go(sizes, config.patch_size)}."
             )
     try:
@@ -3783,7 +3786,7 @@ def sizes_that_go(view_sizes: list[int], patch_size: int) -> str:
     common = math.gcd(*view_sizes)
     divisors = [str(size) for size in range(1, common + 1) if common % size == 0]
     patch_sizes = " or ".join(divisors[-8:])
-    return f"use patch_size {patch_sizes}, or views of a multiple of {patch_size}"
+    return f"use patch_size {patch_sizes}, or views of a multiple of {patch_size} pixels"
 
 
 def check_range(f: Field, value) -> None:

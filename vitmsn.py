@@ -1349,13 +1349,22 @@ def read_torch_file(path: Path) -> dict:
     return content
 
 
+def may_be_on_the_hub(name: str) -> bool:
+    """Whether it looks like OWNER/MODEL, and not like a path into a folder that is here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).parent.is_dir()
+
+
 def local_folder(name_or_path: str | os.PathLike) -> Path:
-    """The folder itself, or the one into which huggingface_hub puts the model of that name."""
+    """The folder itself, or the one into which huggingface_hub puts the model of that name.
+
+    Raises FileNotFoundError if there is no such folder and the hub does not give one, and
+    ImportError without huggingface_hub.
+    """
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
 
     name = str(name_or_path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not may_be_on_the_hub(name):
         raise FileNotFoundError(f"{name} is neither a file nor a folder.")
     try:
         from huggingface_hub import snapshot_download
@@ -1365,7 +1374,13 @@ def local_folder(name_or_path: str | os.PathLike) -> Path:
             "its config.json and model.safetensors (or pytorch_model.bin) there."
         ) from None
     wanted = ["config.json", "preprocessor_config.json", *WEIGHT_FILES, "*.safetensors"]
-    return Path(snapshot_download(name, allow_patterns=wanted))
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # no such name, no connection, no permission: each has its own kind
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileNotFoundError(
+            f"{name} is neither a file nor a folder here, and the hub did not give it: {reason}"
+        ) from error
 
 
 def weight_file_of(name_or_path: str | os.PathLike) -> Path:

@@ -980,7 +980,7 @@ BAD = [  # words, flags, what the line says
     ((), {"methods": ""}, "at least one of each"),
     ((), {"image_size": "20"}, "no whole number of this checkpoint's patches of 8"),
     ((), {"checkpoint": "nowhere"}, "neither a file nor a folder"),
-    ((), {"data": "nowhere"}, "no folder"),
+    ((), {"data": "nowhere"}, "nowhere is not found"),
     ((), {"label_list": "nowhere.txt"}, "can't be read"),
     (("train",), {"labels_per_class": "1,2"}, "one labelled set"),
 ]
@@ -1028,6 +1028,7 @@ ODD = [  # arguments (capitals: the folders of `world`), exit status, what the l
     ("attention odd ENCODER", 2, "the checkpoint comes first"),
     ("attention bad.png odd", 2, "bad.png is no checkpoint; the checkpoint comes first"),
     ("embed runs/demo-7/encoder odd", 2, "there is no checkpoint runs/demo-7/encoder"),
+    ("--checkpoint odd/demo-7", 2, "there is no checkpoint odd/demo-7"),
     ("predict CLASSIFIER bad.png --lr 1", 2, "predict has no use for --lr"),
     ("predict a.png b.png --checkpoint c", 2, "predict has no use for --checkpoint"),
     ("--csv a.csv", 2, "the table has no use for --csv"),

@@ -199,7 +199,7 @@ def test_pictures_are_what_pillow_can_open_and_all_else_is_counted_by_ending(tmp
         ((), "holds no image .* it is empty"),
         (("a.txt", "b/c.heix"), "holds no image .* 1 .txt, 1 .heix"),
         (("val/a/1.png", "train/readme.md"), "all of them are in val; to train on those"),
-        (None, "is no folder"),
+        (None, "nowhere is not found"),
     ],
 )
 def test_folders_that_cannot_be_trained_on_are_refused(names, says, tmp_path):

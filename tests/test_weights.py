@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -474,9 +476,33 @@ def test_folders_and_names_without_a_model_are_refused_in_words(tmp_path):
 
 def test_without_huggingface_hub_a_name_says_which_files_to_get(monkeypatch):
     """huggingface_hub is optional; the error says what to put where."""
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"config\.json and model\.safetensors"):
         ViTMSNConfig.from_pretrained("facebook/vit-msn-small")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no connection"), ValueError()])
+def test_what_the_hub_does_not_give_is_said_to_be_missing_here_and_there(error, monkeypatch):
+    """The hub's own errors speak of snapshots; ours says that the name is no folder, either."""
+
+    def give_nothing(*_, **__):
+        raise error
+
+    hub = types.SimpleNamespace(snapshot_download=give_nothing)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    reason = str(error) or "ValueError"
+    with pytest.raises(FileNotFoundError, match=f"neither a file nor a folder here.*{reason}"):
+        ViTMSNConfig.from_pretrained("some-owner/some-model")
+
+
+def test_a_path_into_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    """runs/demo-009 looks like OWNER/MODEL, but with a folder runs/ it is a misspelt path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # would be an ImportError
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/demo-009", "./demo-009", "demo-009"):
+        with pytest.raises(FileNotFoundError, match=f"{name} is neither a file nor a folder"):
+            ViTMSNModel.from_pretrained(name)
 
 
 def test_saving_leaves_no_temporary_files_and_a_failure_keeps_the_old_ones(tmp_path, monkeypatch):
