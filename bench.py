@@ -57,6 +57,7 @@ from train_msn import (
     Views,
     add_flags,
     build_model,
+    build_optimizer,
     choose_precision,
     clock_time,
     crop_boxes,
@@ -543,7 +544,7 @@ def step_parts(
     compile_encoders(model, compiler)
     if attention != AS_TRAINED:
         model.anchor_encoder.set_attn_implementation(attention)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
+    optimizer = build_optimizer(model, config)
     now = schedule_at(config, 1, 100)  # the second step of an epoch of 100 steps
     new_batch, views_of = ViewsCase(config, source_size, device).prepare()
 

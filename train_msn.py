@@ -149,6 +149,7 @@ class TrainConfig:
     start_lr: float = opt(2e-4, "learning rate at the start of the warm-up", range=(0, 100))
     final_lr: float = opt(1e-6, "learning rate at the end of the cosine", range=(0, 100))
     warmup_epochs: float = opt(15.0, "length of the linear warm-up", range=(0, 10**6))
+    muon: bool = opt(False, "Muon, not AdamW, for the matrices of the anchor encoder's layers")
     weight_decay: float = opt(0.04, "of AdamW, at the start of its cosine", range=(0, 100))
     final_weight_decay: float = opt(0.4, "at the end", range=(0, 100))
     clip_grad: float = opt(3.0, "limit of the encoder's gradient norm", range=(1e-6, 10**9))
@@ -213,8 +214,10 @@ SMALL = {
     "momentum": 0.9,
     "schedule_stretch": 1.0,
 }
+# Departure: published are AdamW, 0.001 and 0.02. In short runs of small encoders these learn most.
+QUICK = {"muon": True, "lr": 2e-3, "initializer_range": 0.05}
 PHOTOS = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "mask_ratio": 0.5}
-SMALL_PHOTOS = {**SMALL, **PHOTOS, "focal_scale": (0.1, 0.4)}
+SMALL_PHOTOS = {**SMALL, **PHOTOS, "focal_scale": (0.1, 0.4), **QUICK}
 RECIPES = {
     "demo": {
         **SMALL,
@@ -500,8 +503,8 @@ def train_step(
 
     for group in optimizer.param_groups:
         group["lr"] = now.lr
-    decaying = optimizer.param_groups[0]  # of parameter_groups
-    decaying["weight_decay"] = now.weight_decay
+        if group["decays"]:  # as parameter_groups says
+            group["weight_decay"] = now.weight_decay
     optimizer.step()
     unwrapped.update_target(now.momentum)
     return terms, metrics
@@ -572,10 +575,10 @@ def train(
 
 def set_up(
     config: TrainConfig, content: dict | None, processes: "Processes"
-) -> tuple[ViTMSNForPreTraining, torch.optim.Optimizer]:
+) -> tuple[ViTMSNForPreTraining, "torch.optim.Optimizer | MuonAndAdamW"]:
     """Model and optimizer of a new run, or of the checkpoint to go on from."""
     model = build_model(replace(config, init_from="") if content else config, processes)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
+    optimizer = build_optimizer(model, config)
     if content:
         restore(content, model, optimizer)
     return model, optimizer
@@ -997,17 +1000,29 @@ def build_model(config: TrainConfig, processes: "Processes") -> ViTMSNForPreTrai
     return model.to(processes.device, dtype).train()
 
 
-def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[dict]:
-    """Groups for AdamW; train_step sets their learning rates.
+def build_optimizer(
+    model: ViTMSNForPreTraining, config: TrainConfig
+) -> "torch.optim.Optimizer | MuonAndAdamW":
+    """AdamW for all parameters or, with the setting muon, Muon for most of them."""
+    groups = parameter_groups(model, config.weight_decay)
+    if not config.muon:
+        return torch.optim.AdamW(groups, fused=True)
+    return MuonAndAdamW(*without_matrices_of_layers(groups, model))
 
-    As in the official code, encoder parameters of two or more dimensions decay (the first group);
-    biases, norms and prototypes do not.
+
+def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[dict]:
+    """Groups for AdamW; train_step sets their learning rates, and the decay of those that decay.
+
+    As in the official code, encoder parameters of two or more dimensions decay; biases, norms and
+    prototypes do not.
     """
     encoder = list(model.anchor_encoder.parameters())
+    matrices = [p for p in encoder if p.ndim >= 2]
+    vectors = [p for p in encoder if p.ndim < 2]
     return [
-        {"params": [p for p in encoder if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in encoder if p.ndim < 2], "weight_decay": 0.0},
-        {"params": [model.prototypes], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay, "decays": True},
+        {"params": vectors, "weight_decay": 0.0, "decays": False},
+        {"params": [model.prototypes], "weight_decay": 0.0, "decays": False},
     ]
 
 
@@ -1026,6 +1041,141 @@ def set_threads(threads: int, hidden_size: int) -> None:
         threads = 1
     if threads:
         torch.set_num_threads(threads)
+
+
+# Muon (Jordan et al., 2024; here with the scale of Liu et al., 2025), an optimizer for matrices.
+# Departure: the paper trains with AdamW alone, and so do the published recipes. On Imagenette, Muon
+# reaches in 20 epochs what AdamW reaches in 60 (README).
+
+
+def without_matrices_of_layers(
+    groups: list[dict], model: ViTMSNForPreTraining
+) -> tuple[list[dict], list[dict]]:
+    """Groups for Muon, the matrices of the anchor encoder's layers, and for AdamW, the rest."""
+    fused = []  # query, key and value, one below another: three matrices in one
+    single = []
+    for name, parameter in model.anchor_encoder.blocks.named_parameters():
+        if parameter.ndim == 2:
+            kind = fused if name.endswith("qkv.weight") else single
+            kind.append(parameter)
+
+    decay = {"weight_decay": groups[0]["weight_decay"], "decays": True}
+    for_muon = [{"params": single, "pieces": 1, **decay}, {"params": fused, "pieces": 3, **decay}]
+    taken = {id(parameter) for parameter in single + fused}
+    for_adamw = []
+    for group in groups:
+        left = [parameter for parameter in group["params"] if id(parameter) not in taken]
+        for_adamw.append({**group, "params": left})
+    return for_muon, for_adamw
+
+
+def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Each matrix with nearly all of its singular values between 0.7 and 1.2, its singular vectors
+    as they were.
+
+    Newton and Schulz's iteration: x <- a x + b (x x^T) x + c (x x^T)^2 x. Products of x and x^T
+    leave the singular vectors alone, and turn a singular value s into a s + b s^3 + c s^5. With the
+    numbers below, that sends all of (0, 1], again and again, to somewhere around 1, small ones
+    fast. All in products of matrices, which is quick where a singular value decomposition is slow.
+    matrices: m rows columns, rows <= columns, float32 -> the same.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    norm = matrices.norm(dim=(-2, -1), keepdim=True)  # no singular value is larger
+    x = matrices / norm.clamp(min=1e-20)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then a step in which all directions of a matrix are as long: orthogonalize.
+
+    A gradient has a few large singular values and many small ones, so most directions of a matrix
+    learn slowly. Groups have "pieces": of how many square matrices, one below another, each
+    parameter is. The learning rate and the decay are AdamW's: a step is as long as one of AdamW's
+    usually is, 0.2 in each entry.
+    """
+
+    def __init__(self, groups: list[dict], momentum: float = 0.95):
+        super().__init__(groups, {"lr": 0.0, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                direction = self.direction(parameter, group["momentum"])
+                pieces = zip(
+                    parameter.chunk(group["pieces"]),
+                    direction.chunk(group["pieces"]),
+                    strict=True,
+                )
+                for piece, piece_direction in pieces:
+                    by_shape.setdefault(piece.shape, []).append((piece, piece_direction))
+
+            # Matrices of one shape together, because many small products are slow one by one.
+            for pieces in by_shape.values():
+                update(pieces, group["lr"], group["weight_decay"])
+
+    def direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """The mean of past gradients, as Nesterov has it: with the newest one counted once more."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        mean = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(mean, momentum)
+
+
+def update(pieces: list[tuple[Tensor, Tensor]], lr: float, weight_decay: float) -> None:
+    """Move matrices of one shape along their orthogonalized directions, in place."""
+    directions = torch.stack([direction for _, direction in pieces])
+    rows, columns = directions.shape[-2:]
+    wide = directions if rows <= columns else directions.mT
+    wide = orthogonalize(wide)
+    directions = wide if rows <= columns else wide.mT
+    # Now the root mean square of a direction's entries is 1 / sqrt(the longer side).
+    directions = 0.2 * max(rows, columns) ** 0.5 * directions
+
+    for (piece, _), direction in zip(pieces, directions, strict=True):
+        piece.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr)
+
+
+class MuonAndAdamW:
+    """Muon for some parameters and AdamW for others, used like one of torch's optimizers."""
+
+    def __init__(self, for_muon: list[dict], for_adamw: list[dict]):
+        self.muon = Muon(for_muon)
+        self.adamw = torch.optim.AdamW(for_adamw, fused=True)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        return {**self.muon.state, **self.adamw.state}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        self.muon.step()
+        self.adamw.step()
+
+    def state_dict(self) -> dict:
+        muon = self.muon.state_dict()["state"]
+        adamw = self.adamw.state_dict()["state"]
+        return {"state": {"muon": muon, "adamw": adamw}}
+
+    def load_state_dict(self, content: dict) -> None:
+        for part, name in ((self.muon, "muon"), (self.adamw, "adamw")):
+            part.load_state_dict({**part.state_dict(), "state": content["state"][name]})
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
@@ -2617,13 +2767,16 @@ def restore_weights(content: dict, model: ViTMSNForPreTraining) -> None:
         check_tensor(name, value, value.shape)
 
 
-def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless each parameter that learns has AdamW's three tensors."""
+def check_optimizer_state(optimizer: "torch.optim.Optimizer | MuonAndAdamW") -> None:
+    """Raise ValueError unless each parameter that learns has AdamW's three tensors, or Muon's."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not parameter.requires_grad:
                 continue
             state = optimizer.state[parameter]
+            if "pieces" in group:  # of Muon
+                check_tensor("momentum_buffer", state["momentum_buffer"], parameter.shape)
+                continue
             check_tensor("exp_avg", state["exp_avg"], parameter.shape)
             check_tensor("exp_avg_sq", state["exp_avg_sq"], parameter.shape, least=0)
             check_tensor("step", state["step"], (), least=0)
