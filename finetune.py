@@ -63,7 +63,6 @@ from train_msn import (
     opt,
     picture_endings,
     picture_of,
-    precision_notes,
     run_program,
     runs_by_age,
     save_neighbours,
@@ -74,6 +73,7 @@ from train_msn import (
     start_processes,
     to_picture,
     warmup_cosine,
+    warn_of_slow_precision,
 )
 from vitmsn import (
     WEIGHT_FILES,
@@ -1233,6 +1233,7 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
         raise UsageError(f"{config.checkpoint} does not say on which images to work; pass --data.")
 
     encoder = load_model(config)
+    warn_of_slow_precision(config.precision, encoder.cls_token.device)
     data = open_labelled_data(source, saved, encoder, picture_rules(config, encoder))
     if data.picture_rules and data.picture_rules.changes():  # a classifier is saved with them
         encoder.config.extra["picture_rules"] = data.picture_rules.changes()
@@ -1249,7 +1250,6 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
         f"{config.checkpoint}: {len(data.train)} training images of {len(data.classes)} classes, "
         f"{len(val)} of {len(data.val)} validation images; {len(unreadable)} can't be read",
         *data.notes,
-        *precision_notes(config.precision, encoder.cls_token.device),
         sep="\n",
         file=sys.stderr,
         flush=True,

@@ -24,7 +24,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import platform
 import queue
 import shutil
 import signal
@@ -1199,24 +1198,6 @@ def choose_precision(wanted: str, device: torch.device) -> str:
         has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not in every torch
         fast = has_amx is not None and has_amx()
     return "bfloat16" if fast else "float32"
-
-
-def precision_notes(precision: str, device: torch.device) -> list[str]:
-    """What to say before the start: that this CPU is slow in bfloat16, if it is."""
-    if precision != "bfloat16" or device.type != "cpu" or has_bfloat16_units():
-        return []
-    return [
-        "bfloat16 will be slow: this CPU has no units for it; such a run took a sixth of the time, "
-        "or less, in float32"
-    ]
-
-
-def has_bfloat16_units() -> bool:
-    """Whether the CPU multiplies matrices in bfloat16. True if torch cannot tell: it can on x86."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    checks = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return not is_x86 or not checks or any(check() for check in checks)
 
 
 # ---- Data sets: built-in images, CIFAR-10, or a folder -------------------------------------------
@@ -2550,7 +2531,6 @@ def announce(
         *data.notes,
         f"encoder and projection head: {million_parameters:.2f} M parameters; "
         f"{config.precision} on {model.prototypes.device}",
-        *precision_notes(config.precision, model.prototypes.device),
     )
     print("\n".join(lines), flush=True)
 

@@ -1,6 +1,5 @@
 """--threads: how many threads share an operation, in all three programs, and what depends on it."""
 
-import platform
 from dataclasses import replace
 
 import pytest
@@ -118,27 +117,3 @@ def test_a_run_depends_on_the_flag_and_on_nothing_else(pictures, tmp_path, threa
             assert torch.equal(value, second[name]), name
         else:
             assert value == second[name], name
-
-
-@pytest.mark.parametrize(
-    ("precision", "machine", "units", "slow"),
-    [
-        ("bfloat16", "x86_64", False, True),
-        ("bfloat16", "AMD64", False, True),
-        ("bfloat16", "x86_64", True, False),
-        ("bfloat16", "arm64", False, False),  # torch cannot tell
-        ("float32", "x86_64", False, False),
-    ],
-)
-def test_a_cpu_without_bfloat16_units_is_named_before_it_starts(
-    pictures, tmp_path, monkeypatch, capsys, precision, machine, units, slow
-):
-    """A run that will be slow in bfloat16 says so in front of its first step; no other does."""
-    monkeypatch.setattr(platform, "machine", lambda: machine)
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: units, raising=False)
-
-    flags = ["--precision", precision, "--max-steps", 1, "--output-dir", tmp_path / "run"]
-    assert run_here(*TINY, "--data", pictures, *flags) == 0
-    said, _, _ = capsys.readouterr().out.partition("step ")
-    assert ("bfloat16 will be slow" in said) == slow
