@@ -10,8 +10,8 @@ stopped, on a CPU bit for bit.
 """
 
 # The method comes first in this file: settings, views, schedules, one step, the loop. What the loop
-# calls stands below it: augmentations, model and optimizer, data sets, k-NN, the run's folder, many
-# processes, pictures, command line. Shapes are written in the letters of vitmsn.py.
+# calls stands below it: recipes, augmentations, model and optimizer, data sets, k-NN, the folder of
+# a run, many processes, pictures, command line. Shapes are written in the letters of vitmsn.py.
 
 import argparse
 import csv
@@ -194,100 +194,6 @@ class TrainConfig:
             extra={"picture_rules": rules} if rules else {},
         )
 
-
-# For small images and short runs; the README's tables of experiments say how it was found.
-SMALL = {
-    "image_size": 32,
-    "patch_size": 4,
-    "num_attention_heads": 3,
-    "head_hidden_size": 512,
-    "output_dim": 128,
-    "num_prototypes": 128,
-    "focal_views": 2,
-    "focal_size": 16,
-    "blur": 0.0,
-    "batch_size": 64,
-    "warmup_epochs": 1.0,
-    # Departure: published are 0.4, 0.996 and 1.25, which suit runs of many thousand steps.
-    "final_weight_decay": 0.1,
-    "momentum": 0.9,
-    "schedule_stretch": 1.0,
-}
-# Departure: published are AdamW, 0.001 and 0.02. In short runs of small encoders these learn most.
-QUICK = {"muon": True, "lr": 2e-3, "initializer_range": 0.05}
-PHOTOS = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "mask_ratio": 0.5}
-SMALL_PHOTOS = {**SMALL, **PHOTOS, "focal_scale": (0.1, 0.4), **QUICK}
-RECIPES = {
-    "demo": {
-        **SMALL,
-        "data": "synthetic",
-        "epochs": 10,
-        "hidden_size": 96,
-        "num_hidden_layers": 3,
-        "head_hidden_size": 256,
-        "num_prototypes": 64,
-        # Departure: 1 / sqrt(hidden_size). The published 0.02 is so small for so short a run that
-        # the residual branches start near 0, and learning some 100 steps later.
-        "initializer_range": 0.1,
-        "lr": 3e-3,
-        "mask_ratio": 0.3,
-        "crop_scale": (0.5, 1.0),
-        "focal_scale": (0.15, 0.4),
-        "knn_every": 2,
-    },
-    "cifar10": {**SMALL_PHOTOS, "data": "cifar10", "epochs": 40, "knn_every": 4},
-    "imagenette": {
-        **SMALL_PHOTOS,
-        "data": "imagenette",
-        "image_size": 64,
-        "patch_size": 8,
-        "focal_size": 32,
-        "epochs": 60,
-        "knn_every": 5,
-    },
-    # For a GPU: the size of ViT-S/16, with patches of 8 pixels. Not run yet.
-    "imagenette-128": {
-        **SMALL,
-        "data": "imagenette",
-        "image_size": 128,
-        "patch_size": 8,
-        "hidden_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-        "focal_views": 4,
-        "focal_size": 64,
-        "focal_scale": (0.1, 0.4),
-        "mask_ratio": 0.5,
-        "blur": 0.5,
-        "batch_size": 256,
-        "epochs": 200,
-        "warmup_epochs": 10.0,
-        "momentum": 0.99,
-        "knn_every": 25,
-    },
-    # The paper's own (Appendix A.1).
-    "small-16": {**PRESETS["small-16"], "mask_ratio": 0.15, "epochs": 800},
-    "base-16": {**PRESETS["base-16"], "mask_ratio": 0.3, "epochs": 600},
-    "large-16": {**PRESETS["large-16"], "mask_ratio": 0.5, "epochs": 600},
-    "base-8": {**PRESETS["base-8"], "mask_ratio": 0.3, "epochs": 600},
-    "base-4": {**PRESETS["base-4"], "mask_ratio": 0.7, "epochs": 300},
-    # Departure: focal views of 98 pixels, not 96, since a view is whole patches, here of 7 pixels.
-    "large-7": {**PRESETS["large-7"], "mask_ratio": 0.7, "epochs": 200, "focal_size": 98},
-}
-# What --help says of each: data, size, how long on what. GPU hours are arithmetic, not measured:
-# all operations by bench.step_flops, on ImageNet, at 40 % of an H100's peak in bfloat16.
-RECIPE_LINES = {
-    "demo": "built-in textures, 32 pixels; 0.3 M parameters; minutes on two CPU cores",
-    "cifar10": "CIFAR-10, 32 pixels; 0.8 M parameters; some 4 hours on two CPU cores",
-    "imagenette": "Imagenette or your own, 64 pixels; 0.8 M parameters; 2 hours on two CPU cores",
-    "imagenette-128": "Imagenette, 128 pixels; 21 M parameters; 200 epochs; for a GPU, not run yet",
-    "small-16": "ImageNet, 224 pixels; 22 M parameters; 800 epochs; some 54 GPU hours",
-    "base-16": "ImageNet, 224 pixels; 86 M parameters; 600 epochs; some 150 GPU hours",
-    "large-16": "ImageNet, 224 pixels; 303 M parameters; 600 epochs; some 510 GPU hours",
-    "base-8": "ImageNet, 224 pixels; 86 M parameters; 600 epochs; some 620 GPU hours",
-    "base-4": "ImageNet, 224 pixels; 88 M parameters; 300 epochs; some 1200 GPU hours",
-    "large-7": "ImageNet, 224 pixels; 304 M parameters; 200 epochs; some 870 GPU hours",
-}
 
 # ---- Random numbers: each draw is a function of the seed and of what it is for -------------------
 ORDER, VIEWS, MASKS, DROPOUT, IMAGES, CHOICE, PAIRS = range(7)  # streams, for generator_for
@@ -713,6 +619,102 @@ class StopSignals:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+# ---- Recipes: values of the settings for each data set -------------------------------------------
+# For small images and short runs; the README's tables of experiments say how it was found.
+SMALL = {
+    "image_size": 32,
+    "patch_size": 4,
+    "num_attention_heads": 3,
+    "head_hidden_size": 512,
+    "output_dim": 128,
+    "num_prototypes": 128,
+    "focal_views": 2,
+    "focal_size": 16,
+    "blur": 0.0,
+    "batch_size": 64,
+    "warmup_epochs": 1.0,
+    # Departure: published are 0.4, 0.996 and 1.25, which suit runs of many thousand steps.
+    "final_weight_decay": 0.1,
+    "momentum": 0.9,
+    "schedule_stretch": 1.0,
+}
+# Departure: published are AdamW, 0.001 and 0.02. In short runs of small encoders these learn most.
+QUICK = {"muon": True, "lr": 2e-3, "initializer_range": 0.05}
+PHOTOS = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "mask_ratio": 0.5}
+SMALL_PHOTOS = {**SMALL, **PHOTOS, "focal_scale": (0.1, 0.4), **QUICK}
+RECIPES = {
+    "demo": {
+        **SMALL,
+        "data": "synthetic",
+        "epochs": 10,
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "head_hidden_size": 256,
+        "num_prototypes": 64,
+        # Departure: 1 / sqrt(hidden_size). The published 0.02 is so small for so short a run that
+        # the residual branches start near 0, and learning some 100 steps later.
+        "initializer_range": 0.1,
+        "lr": 3e-3,
+        "mask_ratio": 0.3,
+        "crop_scale": (0.5, 1.0),
+        "focal_scale": (0.15, 0.4),
+        "knn_every": 2,
+    },
+    "cifar10": {**SMALL_PHOTOS, "data": "cifar10", "epochs": 40, "knn_every": 4},
+    "imagenette": {
+        **SMALL_PHOTOS,
+        "data": "imagenette",
+        "image_size": 64,
+        "patch_size": 8,
+        "focal_size": 32,
+        "epochs": 60,
+        "knn_every": 5,
+    },
+    # For a GPU: the size of ViT-S/16, with patches of 8 pixels. Not run yet.
+    "imagenette-128": {
+        **SMALL,
+        "data": "imagenette",
+        "image_size": 128,
+        "patch_size": 8,
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "focal_views": 4,
+        "focal_size": 64,
+        "focal_scale": (0.1, 0.4),
+        "mask_ratio": 0.5,
+        "blur": 0.5,
+        "batch_size": 256,
+        "epochs": 200,
+        "warmup_epochs": 10.0,
+        "momentum": 0.99,
+        "knn_every": 25,
+    },
+    # The paper's own (Appendix A.1).
+    "small-16": {**PRESETS["small-16"], "mask_ratio": 0.15, "epochs": 800},
+    "base-16": {**PRESETS["base-16"], "mask_ratio": 0.3, "epochs": 600},
+    "large-16": {**PRESETS["large-16"], "mask_ratio": 0.5, "epochs": 600},
+    "base-8": {**PRESETS["base-8"], "mask_ratio": 0.3, "epochs": 600},
+    "base-4": {**PRESETS["base-4"], "mask_ratio": 0.7, "epochs": 300},
+    # Departure: focal views of 98 pixels, not 96, since a view is whole patches, here of 7 pixels.
+    "large-7": {**PRESETS["large-7"], "mask_ratio": 0.7, "epochs": 200, "focal_size": 98},
+}
+# What --help says of each: data, size, how long on what. GPU hours are arithmetic, not measured:
+# all operations by bench.step_flops, on ImageNet, at 40 % of an H100's peak in bfloat16.
+RECIPE_LINES = {
+    "demo": "built-in textures, 32 pixels; 0.3 M parameters; minutes on two CPU cores",
+    "cifar10": "CIFAR-10, 32 pixels; 0.8 M parameters; some 4 hours on two CPU cores",
+    "imagenette": "Imagenette or your own, 64 pixels; 0.8 M parameters; 2 hours on two CPU cores",
+    "imagenette-128": "Imagenette, 128 pixels; 21 M parameters; 200 epochs; for a GPU, not run yet",
+    "small-16": "ImageNet, 224 pixels; 22 M parameters; 800 epochs; some 54 GPU hours",
+    "base-16": "ImageNet, 224 pixels; 86 M parameters; 600 epochs; some 150 GPU hours",
+    "large-16": "ImageNet, 224 pixels; 303 M parameters; 600 epochs; some 510 GPU hours",
+    "base-8": "ImageNet, 224 pixels; 86 M parameters; 600 epochs; some 620 GPU hours",
+    "base-4": "ImageNet, 224 pixels; 88 M parameters; 300 epochs; some 1200 GPU hours",
+    "large-7": "ImageNet, 224 pixels; 304 M parameters; 200 epochs; some 870 GPU hours",
+}
+
+
 # ---- Augmentations: what views_of_one_size calls, for whole batches on the training device -------
 def copy_target_draws(draws: dict[str, Tensor], config: TrainConfig) -> None:
     """Let random views share draws with the target view, in place (anchor_view, paper, table 9).
@@ -1025,23 +1027,6 @@ def parameter_groups(model: ViTMSNForPreTraining, weight_decay: float) -> list[d
     ]
 
 
-SMALL_WIDTH = 192  # models narrower than this are small
-
-
-def set_threads(threads: int, hidden_size: int) -> None:
-    """How many threads share each operation on the CPU. 0: one if the model is small, else as many
-    as torch takes.
-
-    In a small model an operation is so short that a second thread wins little; and if other
-    programs keep the cores busy, every operation waits until its last thread had a turn. The next
-    step's views are made by a thread of their own, however many there are here.
-    """
-    if threads == 0 and hidden_size < SMALL_WIDTH:
-        threads = 1
-    if threads:
-        torch.set_num_threads(threads)
-
-
 # Muon (Jordan et al., 2024; here with the scale of Liu et al., 2025), an optimizer for matrices.
 # Departure: the paper trains with AdamW alone, and so do the published recipes. On Imagenette, Muon
 # reaches in 20 epochs what AdamW reaches in 60 (README).
@@ -1175,6 +1160,23 @@ class MuonAndAdamW:
     def load_state_dict(self, content: dict) -> None:
         for part, name in ((self.muon, "muon"), (self.adamw, "adamw")):
             part.load_state_dict({**part.state_dict(), "state": content["state"][name]})
+
+
+SMALL_WIDTH = 192  # models narrower than this are small
+
+
+def set_threads(threads: int, hidden_size: int) -> None:
+    """How many threads share each operation on the CPU. 0: one if the model is small, else as many
+    as torch takes.
+
+    In a small model an operation is so short that a second thread wins little; and if other
+    programs keep the cores busy, every operation waits until its last thread had a turn. The next
+    step's views are made by a thread of their own, however many there are here.
+    """
+    if threads == 0 and hidden_size < SMALL_WIDTH:
+        threads = 1
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
