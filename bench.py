@@ -24,7 +24,6 @@ import math
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -58,6 +57,7 @@ from train_msn import (
     add_flags,
     build_model,
     build_optimizer,
+    check_writable,
     choose_precision,
     clock_time,
     crop_boxes,
@@ -79,7 +79,7 @@ from train_msn import (
     send,
     set_threads,
     settle,
-    start_processes,
+    start_alone,
     synthetic_images,
     train,
     train_step,
@@ -1442,18 +1442,13 @@ def train_here(
     given: flags by field name. data: the images, if they are open already.
     """
     given = {**given, "output_dir": str(folder), "resume": resume}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with redirect_stdout(io.StringIO()):
-            folder.mkdir(parents=True, exist_ok=True)
-            config, content = settle(given, folder, given["recipe"])
-            processes = start_processes(config)
-            precision = choose_precision(config.precision, processes.device)
-            config = replace(config, precision=precision)
-            train(config, data or open_data(config), folder, content, processes)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with redirect_stdout(io.StringIO()):
+        folder.mkdir(parents=True, exist_ok=True)
+        config, content = settle(given, folder, given["recipe"])
+        processes = Processes(0, 1, start_alone(config.device))
+        precision = choose_precision(config.precision, processes.device)
+        config = replace(config, precision=precision)
+        train(config, data or open_data(config), folder, content, processes)
     if not (folder / "summary.json").exists():  # the run has noticed Ctrl-C and stopped early
         raise KeyboardInterrupt
 
@@ -1948,6 +1943,7 @@ def open_report(args: argparse.Namespace, setup: Setup) -> Report:
     """A new report, or that of the file. Raises UsageError if the file is of another kind."""
     size = TOY if setup.device.type == "cpu" else FULL
     path = Path(args.json or f"runs/gpu{'-toy' if size is TOY else ''}.json")
+    check_writable(path, "--json")
     details = describe_machine(args, setup)
     content = {
         "what": f"bench.py gpu at {size.name} size: times in seconds, memory in MiB",
@@ -2055,7 +2051,7 @@ def report_main(argv: list[str]) -> None:
     args = report_parser().parse_args(argv)
     config = TrainConfig(device=args.device, threads=args.threads)
     set_threads(config.threads, config.hidden_size)
-    setup = make_setup(args, start_processes(config).device)
+    setup = make_setup(args, start_alone(config.device))
     report = open_report(args, setup)
     details = report.content["details"].items()
     print(", ".join(f"{name} {cell_text(value)}" for name, value in details))
@@ -2523,7 +2519,9 @@ def main(argv: list[str]) -> None:
     recipe = first_look(argv, "--recipe")
     args = make_parser(preset, recipe).parse_args(argv)
 
-    device = start_processes(TrainConfig(device=getattr(args, "device", "auto"))).device
+    if args.json:
+        check_writable(Path(args.json), "--json")
+    device = start_alone(getattr(args, "device", "auto"))
     config = training_config(args, device)
     set_threads(config.threads, config.hidden_size)
     setup = make_setup(args, device)

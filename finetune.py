@@ -52,6 +52,7 @@ from train_msn import (
     UsageError,
     add_flags,
     check_range,
+    check_writable,
     choose_precision,
     crop_and_resize,
     crop_boxes,
@@ -68,9 +69,10 @@ from train_msn import (
     save_neighbours,
     save_plot,
     save_sheet,
+    say,
     send,
     set_threads,
-    start_processes,
+    start_alone,
     to_picture,
     warmup_cosine,
     warn_of_slow_precision,
@@ -490,10 +492,9 @@ def readable(images: Dataset, indices: list[int], unreadable: set[str]) -> list[
     reasons = {str(images.paths[i]): images.why(i) for i in bad}
     for path in sorted(reasons.keys() - unreadable):
         unreadable.add(path)
-        print(
+        say(
             f"skipped {path}: {reasons[path]} ({len(unreadable)} so far)",
-            file=sys.stderr,
-            flush=True,
+            sys.stderr,
         )
     return [i for i in indices if i not in bad]
 
@@ -569,7 +570,7 @@ def draw_columns(
     if left_out and not columns:
         raise next(iter(left_out.values()))
     for name, error in left_out.items():
-        print(f"column {name} is left out: {error}", file=sys.stderr, flush=True)
+        say(f"column {name} is left out: {error}", sys.stderr)
     return columns, tuning
 
 
@@ -778,7 +779,7 @@ def train_classifier(
         schedule.step()
 
         if verbose and (step + 1) % math.ceil(steps / 10) == 0:
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
+            say(f"step {step + 1}/{steps}  loss {loss.item():.3f}")
     model.eval()
 
 
@@ -889,11 +890,10 @@ class Experiment:
             accuracy[lr] = (predicted == truth).double().mean().item()
 
         best = max(accuracy, key=accuracy.get)
-        print(
+        say(
             f"scratch: learning rate {best:g}, the best on {len(held_out)} training images that no "
             "draw uses",
-            file=sys.stderr,
-            flush=True,
+            sys.stderr,
         )
         return best
 
@@ -954,11 +954,10 @@ def measure(experiment: Experiment, val_labels: Tensor, folder: Path) -> None:
             measure_cell(experiment, method, column, truth)
             for column in columns_of(experiment, method)
         ]
-        print_line(experiment, method, line)
-
         cells += line
         write_csv(folder / "table.csv", CELL_COLUMNS, cells)
         save_plot(folder / "table.png", [accuracy_panel(cells)])
+        print_line(experiment, method, line)
 
 
 def columns_of(experiment: Experiment, method: str) -> list[str]:
@@ -1090,16 +1089,16 @@ def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel 
     if not classifier:  # predict follows them all
         note_other_processing(model_config)
     set_threads(config.threads, model_config.hidden_size)
-    return model.to(start_processes(config).device).eval()
+    return model.to(start_alone(config.device)).eval()
 
 
 def note_other_processing(config: ViTMSNConfig) -> None:
     """Say what of the model's preprocessor_config.json nothing but predict follows."""
     for change in Preprocessor.from_config(config).not_statistics(config):
-        print(
+        say(
             f"preprocessor_config.json: {change} is not followed here; pictures are squashed to "
             f"{config.image_size} pixels, bilinear",
-            file=sys.stderr,
+            sys.stderr,
         )
 
 
@@ -1195,9 +1194,9 @@ def newest_labelled_run(config: FinetuneConfig) -> Path:
     runs = runs_by_age(with_checkpoint=True)
     for run in runs:
         if config.data or has_labels(saved_settings(run)):
-            print(f"the newest run: {run} (another one by --checkpoint)", file=sys.stderr)
+            say(f"the newest run: {run} (another one by --checkpoint)", sys.stderr)
             return run
-        print(f"{run} is on images without labels: passed over", file=sys.stderr)
+        say(f"{run} is on images without labels: passed over", sys.stderr)
     if runs:
         raise UsageError(
             "all runs in runs/ are on images without labels; say which run and which labelled "
@@ -1246,14 +1245,11 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
         raise UsageError(
             "no readable validation image is left, none of a label list, or no column is asked for."
         )
-    print(
+    first_line = (
         f"{config.checkpoint}: {len(data.train)} training images of {len(data.classes)} classes, "
-        f"{len(val)} of {len(data.val)} validation images; {len(unreadable)} can't be read",
-        *data.notes,
-        sep="\n",
-        file=sys.stderr,
-        flush=True,
+        f"{len(val)} of {len(data.val)} validation images; {len(unreadable)} can't be read"
     )
+    say("\n".join([first_line, *data.notes]), sys.stderr)
 
     torch.manual_seed(0)  # the untrained encoder is the same in all cells
     # As pretraining starts it. Its projection head, here of width 1, is not used.
@@ -1272,9 +1268,10 @@ def make_table(config: FinetuneConfig) -> None:
     """The label-efficiency table, as text, CSV and plot."""
     experiment, val_labels, run = open_experiment(config)
     folder = Path(config.output_dir or run / "finetune")
+    check_writable(folder / "table.csv", "--output-dir")
     measure(experiment, val_labels, folder)
     write_file(folder / "config.json", json.dumps(asdict(experiment.config), indent=2).encode())
-    print(f"written: {folder}/table.csv, table.png, config.json", file=sys.stderr, flush=True)
+    say(f"written: {folder}/table.csv, table.png, config.json", sys.stderr)
 
 
 # ---- Using a model: train, predict, attention, embed, neighbours ---------------------------------
@@ -1299,6 +1296,7 @@ def train_and_save(config: FinetuneConfig) -> None:
         )
     experiment, val_labels, run = open_experiment(config)
     folder = Path(config.output_dir or run / "classifier")
+    check_writable(folder / "config.json", "--output-dir")
 
     (draw,) = all_draws(experiment.columns)
     seed = config.listed("seeds")[0]
@@ -1341,7 +1339,7 @@ def open_pictures(
     if len(missing) == len(names):
         raise UsageError(f"{missing[0]} is not found.")
     for name in missing:
-        print(f"{name} is not found: skipped", file=sys.stderr)
+        say(f"{name} is not found: skipped", sys.stderr)
 
     paths: list[Path] = []
     for name in names:
@@ -1350,7 +1348,7 @@ def open_pictures(
             found = find_pictures(path)
             paths += found.pictures
             for line in found.summary():
-                print(f"{path}: {line}", file=sys.stderr)
+                say(f"{path}: {line}", sys.stderr)
         elif path.exists():
             paths.append(path)
 
@@ -1362,12 +1360,8 @@ def open_pictures(
     if not good:
         raise UsageError(f"none of the {len(paths)} files is a readable image.")
     sample = replace(sample, unreadable={})  # those are named already
-    print(
-        f"{len(good)} pictures, {len(paths) - len(good)} unreadable files skipped",
-        *sample.notes(None, files.rules, wanted),
-        sep="\n",
-        file=sys.stderr,
-    )
+    first_line = f"{len(good)} pictures, {len(paths) - len(good)} unreadable files skipped"
+    say("\n".join([first_line, *sample.notes(None, files.rules, wanted)]), sys.stderr)
     pictures = [paths[i] for i in good]
     return ImageFiles(pictures, side, PICTURE_CACHE, check=False, rules=files.rules)
 
@@ -1377,10 +1371,13 @@ def predict(config: FinetuneConfig, model: Classifier, pictures: ImageFiles) -> 
 
     Pixels are made as the model's preprocessor_config.json says.
     """
+    if config.csv:
+        check_writable(Path(config.csv), "--csv")
     probabilities = classify_files(model, pictures)
     best = probabilities.sort(dim=-1, descending=True)
     num_guesses = min(config.top, probabilities.shape[1])
 
+    lines = []
     records = []
     for i, path in enumerate(pictures.paths):
         guesses = []
@@ -1396,10 +1393,11 @@ def predict(config: FinetuneConfig, model: Classifier, pictures: ImageFiles) -> 
                     "probability": f"{probability:.6f}",
                 }
             )
-        print(f"{path}: " + ", ".join(guesses))
+        lines.append(f"{path}: " + ", ".join(guesses))
 
     if config.csv:
         write_csv(Path(config.csv), ("image", "place", "class", "probability"), records)
+    print("\n".join(lines))
 
 
 @torch.no_grad()
@@ -1419,6 +1417,7 @@ def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) 
     """A sheet per picture: the picture, what the model sees of it, and where each head of the last
     layer looks. Each head has its own scale, from where it looks least to where it looks most."""
     folder = Path(config.output_dir or run_folder(config.checkpoint) / "attention")
+    check_writable(folder / "0000.png", "--output-dir")
     large_pictures = ImageFiles(pictures.paths, ATTENTION_CELL, PICTURE_CACHE, check=False)
     for i, path in enumerate(pictures.paths):
         seen, maps = attention_maps(model, pictures, i)
@@ -1491,6 +1490,7 @@ def embed(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> N
     features: b d, float32; paths: b; classes: b, the names of the folders that the pictures lie in.
     """
     target = Path(config.output or "features.npz")
+    check_writable(target, "--output")
     indices = list(range(len(pictures)))
     features, _ = embed_images(
         model, pictures, indices, model.config.image_size, model.cls_token.device
@@ -1525,6 +1525,7 @@ def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles)
     )
     name = f"{pictures.paths[0].parent.resolve().name or 'pictures'}.png"
     target = Path(config.output or run_folder(config.checkpoint) / "neighbours" / name)
+    check_writable(target, "--output")
     save_neighbours(target, model, data, model.config.image_size, model.cls_token.device)
     print(f"written: {target}")
 

@@ -15,6 +15,7 @@ stopped, on a CPU bit for bit.
 
 import argparse
 import csv
+import errno
 import hashlib
 import io
 import itertools
@@ -423,7 +424,7 @@ def train(
     steps_per_epoch = len(data.train) // config.batch_size
     steps = steps_to_do(config, steps_per_epoch, content)
     if content and not steps and (folder / "summary.json").exists():
-        print(f"{folder} is finished ({steps.start} steps); nothing to do", flush=True)
+        say(f"{folder} is finished ({steps.start} steps); nothing to do")
         return
 
     model, optimizer = set_up(config, content, processes)
@@ -982,7 +983,7 @@ def build_model(config: TrainConfig, processes: "Processes") -> ViTMSNForPreTrai
     )
     if config.init_from:
         new = model.load_pretrained(config.init_from)
-        print(f"starting from {config.init_from}; new are: {', '.join(new) or 'none'}", flush=True)
+        say(f"starting from {config.init_from}; new are: {', '.join(new) or 'none'}")
     model.prototypes.requires_grad_(not config.freeze_prototypes)
 
     # On a CPU the fused kernel's backward pass in bfloat16 takes 3 to 8 times as long.
@@ -1363,7 +1364,7 @@ class UnreadableFiles:
         for file in sorted(set(files) - self.known):
             self.known.add(file)
             note = f"skipped {file} ({len(self.known)} so far); the next one stands in"
-            print(f"\n{note}", file=sys.stderr)
+            say(f"\n{note}", sys.stderr)
 
 
 def why_unreadable(error: Exception) -> str:
@@ -2166,7 +2167,7 @@ def cifar10_images(data_dir: Path) -> Images:
 def download_cifar10(data_dir: Path) -> Path:
     """Fetch the archive from the authors' page and unpack it into data_dir. Raises ValueError if it
     is not the published one."""
-    print(f"downloading {CIFAR10_URL} (163 MiB)", flush=True)
+    say(f"downloading {CIFAR10_URL} (163 MiB)")
     with urllib.request.urlopen(CIFAR10_URL, timeout=60) as response:
         archive = response.read()
     if hashlib.sha256(archive).hexdigest() != CIFAR10_SHA256:
@@ -2284,7 +2285,7 @@ def compare_with_labels(
     accuracies = {}
     for name, encoder in {**encoders, "raw pixels": None}.items():
         accuracies[name] = round(knn_accuracy(encoder, data, config, device), 4)
-        print(f"k-NN accuracy, {name + ':':<19} {accuracies[name]:.3f}", flush=True)
+        say(f"k-NN accuracy, {name + ':':<19} {accuracies[name]:.3f}")
     return accuracies
 
 
@@ -2351,21 +2352,19 @@ def compare_without_labels(
 ) -> dict[str, dict]:
     """Print the agreement of each encoder, on a thousand training images. -> the same, by name."""
     indices = some_of(data.train, 1000)
-    print(
+    say(
         f"no labels, so two target views of each of {len(indices)} training images are compared:\n"
         f"{'':<19}  each other's nearest  rank, at most {config.hidden_size}",
-        flush=True,
     )
     agreements = {}
     for name, encoder in encoders.items():
         agreement = agreement_of(embed_pairs(encoder, data.train, indices, config, device))
-        print(agreement_line(name, agreement), flush=True)
+        say(agreement_line(name, agreement))
         agreements[name] = {key: round(value, 4) for key, value in agreement._asdict().items()}
-    print(
+    say(
         f"{agreement_line('complete collapse', Agreement(1 / len(indices), 1.0))}\n"
         "A run that collapses finds hardly more pairs than its untrained encoder, and its rank "
         "falls.",
-        flush=True,
     )
     return agreements
 
@@ -2448,10 +2447,9 @@ def recipe_for(data: str) -> str:
     recipe = "imagenette" if min(width, height) >= LARGE_PICTURES else "cifar10"
     if os.environ.get("RANK", "0") == "0":
         pixels = RECIPES[recipe]["image_size"]
-        print(
+        say(
             f"no --recipe: {recipe}'s, at {pixels} pixels, for pictures of about "
             f"{width} x {height} (all recipes: --help)",
-            flush=True,
         )
     return recipe
 
@@ -2534,7 +2532,7 @@ def announce(
         f"encoder and projection head: {million_parameters:.2f} M parameters; "
         f"{config.precision} on {model.prototypes.device}",
     )
-    print("\n".join(lines), flush=True)
+    say("\n".join(lines))
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -2660,10 +2658,26 @@ ERASE_LINE = "\r\033[K"  # for terminals: back to the start of the line, and cle
 
 
 def say(text: str, file: TextIO | None = None, stays: bool = True) -> None:
-    """Print a line, on a terminal in place of the last one that was said not to stay."""
+    """Print a line, on a terminal in place of the last one that was said not to stay.
+
+    Work does not end because of that: if nobody reads any more (`| head`), or the disk of a log is
+    full, nothing else is printed from then on.
+    """
     file = file or sys.stdout
     start = ERASE_LINE if file.isatty() else ""
-    print(start + text, end="\n" if stays else "", file=file, flush=True)
+    try:
+        print(start + text, end="\n" if stays else "", file=file, flush=True)
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), file.fileno())
+
+
+def show_all_names() -> None:
+    """Let what the encoding of the output has no letter for be shown as \\u0444 or the like. As it
+    stands, Python ends the program: for a name of a file, after hours of work."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")
 
 
 def save_checkpoint(
@@ -2707,10 +2721,10 @@ def load_checkpoint(folder: Path) -> dict | None:
         try:
             return read_checkpoint(path)
         except ValueError as error:
-            print(f"{error} Trying the checkpoint before it.", file=sys.stderr, flush=True)
+            say(f"{error} Trying the checkpoint before it.", sys.stderr)
     if found:
         raise ValueError(f"no checkpoint in {folder} can be read; start again in another folder.")
-    print(f"there is no checkpoint in {folder}: starting from the beginning", flush=True)
+    say(f"there is no checkpoint in {folder}: starting from the beginning")
     return None
 
 
@@ -2804,7 +2818,7 @@ def finish_run(
     save_pictures(folder, twin, data, config, summary, config.batch_size // processes.count)
     write_file(folder / "summary.json", json.dumps(summary, indent=2).encode())
     took = clock_time(elapsed)
-    print(f"done in {took} (h:mm:ss): {folder}/encoder, pictures *.png", flush=True)
+    say(f"done in {took} (h:mm:ss): {folder}/encoder, pictures *.png")
 
 
 def save_encoder(folder: Path, model: ViTMSNForPreTraining, config: TrainConfig) -> None:
@@ -2895,6 +2909,13 @@ class Processes:
         return bool(self.reduce(number, "max"))  # here the host waits for the device
 
 
+def start_alone(device: str) -> torch.device:
+    """The device of a program that is one process, whatever a launcher has left in the environment.
+    Raises UsageError if it is not there."""
+    found = find_device(device)
+    return found if found.type == "cpu" else device_of_process(found, 0, 1)
+
+
 def start_processes(config: TrainConfig) -> Processes:
     """Join the process group that torchrun describes in the environment; without torchrun, one
     process. Raises UsageError for devices and batch sizes that such processes can't have."""
@@ -2966,6 +2987,12 @@ def device_of_process(device: torch.device, local_rank: int, count: int) -> torc
 
 def join_process_group(rank: int, count: int, backend: str) -> None:
     """Meet the other processes, where torchrun says, and wait until all are there."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun has not started this one
+        say(
+            f"process {rank} of {count}, as WORLD_SIZE says: waits for the others at "
+            f"{os.environ.get('MASTER_ADDR')} (to train alone, unset WORLD_SIZE)",
+            sys.stderr,
+        )
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     # When torchrun starts workers again, its store still holds the addresses of those that died.
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -3874,16 +3901,38 @@ class UsageError(ValueError):
     """What the user asked for can't be done: one line on the terminal, exit status 2."""
 
 
+def check_writable(path: Path, flag: str) -> None:
+    """Raise UsageError if no file can be written at this path: before the work whose result it is
+    to hold. flag: which one says another place."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    test = path.with_name(f".{path.name}.test")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        write_file(test, b"")
+        test.unlink()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UsageError(
+            f"{path} can't be written ({reason}); choose another place by {flag}."
+        ) from None
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
 def run_program(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
     """Run a command line -> exit status. Errors are one line for people, unless --debug asks for
     the traceback."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    show_all_names()
     try:
         main([argument for argument in argv if argument != "--debug"])
         return 0
     except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
+        say("stopped.", sys.stderr)
         return 130
     except Exception as error:
         if debug:

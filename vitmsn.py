@@ -1652,7 +1652,9 @@ def write_file(path: Path, content: bytes | Callable) -> None:
 
 def write_json(path: Path, values: dict) -> None:
     """Write a dict as JSON, whole or not at all."""
-    write_file(path, json.dumps(values, indent=2, ensure_ascii=False).encode())
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    # A class named after a folder may be no UTF-8. Its bytes become escapes that JSON knows.
+    write_file(path, text.encode(errors="backslashreplace"))
 
 
 # ---- Pictures: from a file's values to 8-bit pixels ----------------------------------------------

@@ -668,7 +668,7 @@ def run_folder(pictures, tmp_path_factory) -> Path:
 
 def finetune_on(device, monkeypatch, *argv) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "start_processes", lambda config: Processes(0, 1, device))
+        patch.setattr(finetune, "start_alone", lambda name: device)
         finetune.main([*map(str, argv)])
 
 
