@@ -2475,12 +2475,18 @@ def cell_text(value) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        median, low, high = (f"{1000 * value[name]:.4g}" for name in ("median", "low", "high"))
+        median, low, high = (in_ms(value[name]) for name in ("median", "low", "high"))
         memory = f", {value['memory']:.0f}" if "memory" in value else ""
         return f"{median} [{low}, {high}]{memory}"
     if isinstance(value, float):
         return f"{value:.3g}" if value < 100 else f"{value:.0f}"
     return str(value)
+
+
+def in_ms(seconds: float) -> str:
+    """Milliseconds: four digits, and never fewer than all those before the point."""
+    ms = 1000 * seconds
+    return f"{ms:.4g}" if ms < 1000 else f"{ms:.0f}"
 
 
 class Table:
