@@ -29,6 +29,8 @@ view, then all b of the second, and so on. (In the objective p is a probability,
 """
 
 import copy
+import difflib
+import inspect
 import json
 import math
 import os
@@ -355,13 +357,20 @@ class PretrainedMixin:
         """Load a model, in eval mode. `model_from_pretrained` documents sources and options."""
         return model_from_pretrained(cls, name_or_path, **options)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write a folder that transformers 4 and 5 load: config.json and the weights."""
-        save_model(self, Path(folder))
+    def save_pretrained(self, folder: str | os.PathLike, **options) -> None:
+        """Write a folder that transformers loads. `save_model` documents the options."""
+        save_model(self, Path(folder), **options)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Store only the input of each layer; compute the rest again in the backward pass."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **options) -> None:
+        """Store only the input of each layer; compute the rest again in the backward pass.
+
+        Whatever is passed is taken without effect: there is one way to do it here.
+        """
         backbone_of(self).gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Store all that the backward pass needs."""
+        backbone_of(self).gradient_checkpointing = False
 
     def set_attn_implementation(self, implementation: str) -> None:
         """Compute attention by "sdpa" or "eager" in every layer."""
@@ -369,18 +378,6 @@ class PretrainedMixin:
         self.config.attn_implementation = implementation
         for block in backbone_of(self).blocks:
             block.attn.implementation = implementation
-
-
-@dataclass
-class ViTMSNModelOutput:
-    """What the backbone returns. The last two are None unless asked for."""
-
-    last_hidden_state: Tensor  # b n d, after the final norm
-    hidden_states: tuple[Tensor, ...] | None = None  # b n d: embeddings, then each layer's output
-    attentions: tuple[Tensor, ...] | None = None  # b h n n of each layer
-
-
-torch.export.register_dataclass(ViTMSNModelOutput, serialized_type_name="ViTMSNModelOutput")
 
 
 class ViTMSNModel(PretrainedMixin, nn.Module):
@@ -467,9 +464,13 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         class_token_only: bool = False,
-    ) -> ViTMSNModelOutput:
+        return_dict: bool | None = None,
+    ) -> "ViTMSNModelOutput":
         """All tokens through all layers and the final norm; arguments as in `embed`.
 
+        The output has last_hidden_state (b n d, after the final norm) and, if asked for,
+        hidden_states (b n d: embeddings, then each layer's output) and attentions (b h n n of each
+        layer). return_dict=False: a tuple of them.
         class_token_only: the last layer and the norm compute the class token alone, which is less
         work; last_hidden_state and the last of hidden_states are b 1 d then.
         """
@@ -491,11 +492,12 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
             if output_attentions:
                 attentions.append(probabilities)
 
-        return ViTMSNModelOutput(
+        out = ViTMSNModelOutput(
             last_hidden_state=self.norm(tokens),
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+        return out.to_tuple() if return_dict is False else out
 
     def representation(
         self,
@@ -523,21 +525,6 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
 # ---- Classifier ----------------------------------------------------------------------------------
 
 
-@dataclass
-class ViTMSNClassifierOutput:
-    """What the classifier returns. All but the logits are None unless asked for."""
-
-    logits: Tensor  # b num_labels
-    loss: Tensor | None = None  # scalar
-    hidden_states: tuple[Tensor, ...] | None = None  # as in ViTMSNModelOutput
-    attentions: tuple[Tensor, ...] | None = None
-
-
-torch.export.register_dataclass(
-    ViTMSNClassifierOutput, serialized_type_name="ViTMSNClassifierOutput"
-)
-
-
 class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
     """The backbone with a linear classifier on the class token.
 
@@ -561,10 +548,12 @@ class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-    ) -> ViTMSNClassifierOutput:
-        """pixel_values: b c height width. With labels, the output holds a loss.
+        return_dict: bool | None = None,
+    ) -> "ViTMSNClassifierOutput":
+        """pixel_values: b c height width -> logits (b num_labels); with labels, a loss, too.
 
         labels: b class numbers, or b num_labels for regression and multi-label problems.
+        If asked for, the output has hidden_states and attentions as the backbone's.
         """
         out = self.vit(
             pixel_values,
@@ -578,7 +567,14 @@ class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config)
-        return ViTMSNClassifierOutput(logits, loss, out.hidden_states, out.attentions)
+
+        out = ViTMSNClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return out.to_tuple() if return_dict is False else out
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: ViTMSNConfig) -> Tensor:
@@ -1113,6 +1109,99 @@ def check_pixels(pixel_values: Tensor, config: ViTMSNConfig, any_size: bool) -> 
         )
 
 
+# ---- Outputs -------------------------------------------------------------------------------------
+
+# Clients ask for a dict (transformers' Trainer does). Before 2.7 torch.compile can't trace dicts of
+# a class of one's own; there, outputs answer in the same way and are none.
+TRACES_DICTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+
+
+class ModelOutput(dict if TRACES_DICTS else object):
+    """What a model returns, as in transformers: out.logits, out["logits"] or, by position, out[0].
+
+    Fields that are None count as not there. It stores nothing as a dict: the attributes are all.
+    As a whole it is made of a dict or of pairs, too, which accelerate does.
+    """
+
+    def __post_init__(self):
+        names = self.field_names()
+        content = getattr(self, names[0])
+        if content is None or isinstance(content, (Tensor, tuple)):
+            return
+        setattr(self, names[0], None)
+        for name, value in dict(content).items():
+            self[name] = value
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        return list(cls.__dataclass_fields__)
+
+    def keys(self) -> list[str]:
+        return [name for name in self.field_names() if getattr(self, name) is not None]
+
+    def to_tuple(self) -> tuple:
+        """All that is there, in the order of the fields."""
+        return tuple([getattr(self, name) for name in self.keys()])
+
+    def values(self) -> list:
+        return list(self.to_tuple())
+
+    def items(self) -> list[tuple]:
+        return [(name, getattr(self, name)) for name in self.keys()]
+
+    def __iter__(self):
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, name) -> bool:
+        return name in self.keys()
+
+    def get(self, name: str, default=None):
+        return getattr(self, name) if name in self.keys() else default
+
+    def __getitem__(self, key: str | int | slice):
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self.keys():
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __setitem__(self, name: str, value) -> None:
+        if name not in self.field_names():
+            raise KeyError(f"{name!r} is no field of {type(self).__name__}")
+        setattr(self, name, value)
+
+    def refuse_change(self, *arguments, **options):
+        raise TypeError(f"the fields of {type(self).__name__} can be set, not taken away.")
+
+    __delitem__ = pop = popitem = clear = update = setdefault = refuse_change
+
+
+@dataclass
+class ViTMSNModelOutput(ModelOutput):
+    """What the backbone returns. The last two are None unless asked for."""
+
+    last_hidden_state: Tensor | None = None  # b n d, after the final norm
+    hidden_states: tuple[Tensor, ...] | None = None  # b n d: embeddings, then each layer's output
+    attentions: tuple[Tensor, ...] | None = None  # b h n n of each layer
+
+
+@dataclass
+class ViTMSNClassifierOutput(ModelOutput):
+    """What the classifier returns. All but the logits are None unless asked for."""
+
+    loss: Tensor | None = None  # scalar
+    logits: Tensor | None = None  # b num_labels
+    hidden_states: tuple[Tensor, ...] | None = None  # as in ViTMSNModelOutput
+    attentions: tuple[Tensor, ...] | None = None
+
+
+for output_class in (ViTMSNModelOutput, ViTMSNClassifierOutput):
+    torch.export.register_dataclass(output_class, serialized_type_name=output_class.__name__)
+
+
 # ---- config.json ---------------------------------------------------------------------------------
 
 
@@ -1602,16 +1691,44 @@ def refuse_weights(source: str, problem: str, names: list[str], advice: str = ""
         raise ValueError(f"{source}: {len(names)} weights are {problem}: {shown}.{advice}")
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
+SAVE_WORDS = ("max_shard_size", "variant", "token", "save_peft_format", "save_original_format")
+
+
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    is_main_process: bool = True,
+    safe_serialization: bool = True,
+    save_function: Callable | None = None,
+    push_to_hub: bool = False,
+    **words,
+) -> None:
     """Write model.safetensors or, without that package, pytorch_model.bin; then config.json and
-    preprocessor_config.json: the one that the config came with, or what `preprocess` does."""
-    weights = to_transformers(model.state_dict(), model.config.num_channels)
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        write_file(folder / "pytorch_model.bin", partial(torch.save, weights))
-    else:
-        write_file(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    preprocessor_config.json: the one that the config came with, or what `preprocess` does.
+
+    state_dict: weights under our names to write in place of the model's own.
+    is_main_process: False writes nothing. safe_serialization: False writes pytorch_model.bin,
+    by save_function(weights, path) if there is one.
+    words: SAVE_WORDS are taken without effect; the weights are always in one file.
+    Raises ValueError for push_to_hub, and TypeError for other words.
+    """
+    refuse_words(words, SAVE_WORDS, save_model)
+    if push_to_hub:
+        raise ValueError(
+            "push_to_hub is not done here; save, then huggingface_hub.upload_folder(repo_id=..., "
+            "folder_path=...)."
+        )
+    if not is_main_process:
+        return
+
+    weights = model.state_dict() if state_dict is None else without_prefix(state_dict, "module.")
+    weights = to_transformers(weights, model.config.num_channels)
+    written = write_weights(folder, weights, safe_serialization, save_function)
+    for name in WEIGHT_FILES:  # else the older ones of the two would be read
+        if name not in (written, "checkpoint.pt"):
+            (folder / name).unlink(missing_ok=True)
 
     dtype = next(model.parameters()).dtype
     values = {
@@ -1625,6 +1742,35 @@ def save_model(model: nn.Module, folder: Path) -> None:
     if preprocessor is None:
         preprocessor = default_preprocessor(model.config)
     write_json(folder / "preprocessor_config.json", preprocessor)
+
+
+def write_weights(
+    folder: Path, weights: dict[str, Tensor], safely: bool, save_function: Callable | None
+) -> str:
+    """Write a file of weights that are named as in transformers. -> its name."""
+    if safely:
+        with suppress(ImportError):
+            from safetensors.torch import save
+
+            write_file(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+            return "model.safetensors"
+
+    write = partial(save_function or torch.save, weights)
+    write_file(folder / "pytorch_model.bin", write)
+    return "pytorch_model.bin"
+
+
+def refuse_words(words: dict, taken: tuple[str, ...], function: Callable) -> None:
+    """Raise TypeError for a keyword that is not among those taken without effect.
+
+    It names the nearest keyword of the function.
+    """
+    for word in words:
+        if word in taken:
+            continue
+        known = [*inspect.signature(function).parameters, *taken]
+        nearest = difflib.get_close_matches(word, known, n=1, cutoff=0)
+        raise TypeError(f"{word}= is not known; did you mean {nearest[0]}=?")
 
 
 # ---- Files ---------------------------------------------------------------------------------------
