@@ -709,9 +709,8 @@ class ViewsCase(Case):
         sizes = torch.tensor([self.source_size] * count)
 
         def new_batch() -> Batch:
-            shape = (count, height, width, 3)
-            pixels = send(torch.randint(256, shape, dtype=torch.uint8), self.device)
-            return Batch(pixels.permute(0, 3, 1, 2), sizes, [], [])
+            pixels = torch.randint(256, (count * height * width * 3,), dtype=torch.uint8)
+            return Batch(pixels, sizes, [], []).on(self.device)
 
         def views_of(batch: Batch) -> Views:
             return make_views(batch, self.config, 0, slice(0, count))
@@ -731,8 +730,8 @@ class PillowCase(Case):
         new_batch, _ = ViewsCase(self.config, self.source_size, torch.device("cpu")).prepare()
 
         def new_pictures() -> list[Image.Image]:
-            images = new_batch().images.permute(0, 2, 3, 1)
-            return [Image.fromarray(pixels.numpy()) for pixels in images]
+            images = new_batch().images
+            return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in images]
 
         def views_of(pictures: list[Image.Image]) -> list[Tensor]:
             return pillow_views(pictures, self.config, self.device)
@@ -1294,7 +1293,7 @@ def views_on_both(report: Report) -> tuple[Views, Views]:
     made = []
     for device in (torch.device("cpu"), report.device):
         _, views_of = ViewsCase(config, report.size.source_size, device).prepare()
-        made.append(views_of(batch._replace(images=batch.images.to(device))))
+        made.append(views_of(batch.on(device)))
     return tuple(made)
 
 

@@ -42,6 +42,7 @@ from train_msn import (
     ANY,
     THREADS_HELP,
     TRIES,
+    Batch,
     ImageFiles,
     Images,
     Panel,
@@ -700,8 +701,7 @@ def shuffled_batches(
 
 
 def crop_and_flip(
-    images: Tensor,
-    sizes: Tensor,
+    batch: Batch,
     crop_scale: tuple[float, float],
     size: int,
     generator: torch.Generator,
@@ -709,14 +709,14 @@ def crop_and_flip(
 ) -> Tensor:
     """The augmentation of training: a random resized crop of each image, half of them flipped.
 
-    images: b c height width (uint8), sizes: b 2 (the height and width that each image fills),
-    crop_scale: smallest and largest share of the area -> b c size size, normalised.
+    batch: its pixels on the device; crop_scale: smallest and largest share of the area
+    -> b c size size, normalised.
     """
     # Departure: the paper adds RandAugment, Mixup and CutMix.
-    u = torch.rand(len(images), 1 + 2 * TRIES + 2, generator=generator)
+    u = torch.rand(len(batch.sizes), 1 + 2 * TRIES + 2, generator=generator)
     flip = u[:, 0] < 0.5  # the others are crop_boxes' own
-    boxes = crop_boxes(u[:, 1:], sizes, crop_scale)
-    return normalize_pixels(crop_and_resize(images, boxes, flip, size))
+    boxes = crop_boxes(u[:, 1:], batch.sizes, crop_scale)
+    return normalize_pixels(crop_and_resize(batch, boxes, flip, size))
 
 
 def train_classifier(
@@ -756,13 +756,13 @@ def train_classifier(
     for step, chosen in zip(range(steps), batches, strict=False):
         batch = images.__getitems__(chosen)
         pixels = crop_and_flip(
-            send(batch.images, device),
-            batch.sizes,
+            batch.on(device),
             config.crop_scale,
             model.config.image_size,
             generator,
             normalize_pixels,
         )
+        batch.give_back()
         targets = send(labels[batch.indices], device)
 
         optimizer.zero_grad(set_to_none=True)

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vitmsn import IMAGENET_MEAN, IMAGENET_STD, Preprocessor, constant, normalize
 from vitmsn import FROM_THE_VALUES, PictureRules, TooManyPixels
@@ -212,12 +212,42 @@ def generator_for(seed: int, *stream: int) -> torch.Generator:
 
 # ---- What a data set gives (the data sets themselves: below the loop) ----------------------------
 class Batch(NamedTuple):
-    """Images as a data set gives them."""
+    """Images as a data set gives them, of any sizes."""
 
-    images: Tensor  # b c height width, uint8, smaller ones in the top left corner
+    pixels: Tensor  # uint8, of one image after another, each height width c
     sizes: Tensor  # b 2, height and width of each
     indices: list[int]  # which images of the data set these are
     unreadable: list[str]  # files for which the next readable one stands in, and why
+    in_use: Tensor | None = None  # of memory that is lent: see BatchMemory
+
+    @property
+    def channels(self) -> int:
+        return len(self.pixels) // int(self.sizes.prod(dim=1).sum())
+
+    @property
+    def images(self) -> list[Tensor]:
+        """Each image, c height width. Copies nothing."""
+        lengths = self.channels * self.sizes.prod(dim=1)
+        images = []
+        for pixels, size in zip(self.pixels.split(lengths.tolist()), self.sizes, strict=True):
+            images.append(pixels.view(*size.tolist(), self.channels).permute(2, 0, 1))
+        return images
+
+    def on(self, device: torch.device) -> "Batch":
+        """The same with the pixels on a device."""
+        return self._replace(pixels=send(self.pixels, device))
+
+    def give_back(self) -> None:
+        """Say that the pixels are not needed any more: their memory may be used again."""
+        if self.in_use is not None:
+            self.in_use.zero_()
+
+
+def pack(images: list[Tensor], indices: list[int]) -> Batch:
+    """A batch of images, each c height width."""
+    pixels = torch.cat([image.permute(1, 2, 0).flatten() for image in images])
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    return Batch(pixels, sizes, indices, [])
 
 
 class Images(NamedTuple):
@@ -297,7 +327,7 @@ def make_views(batch: Batch, config: TrainConfig, step: int, my_images: slice) -
     patches_to_keep: list[Tensor | None] = []
     for _ in range(config.random_views):
         drawn = sample_patches_to_keep(config.batch_size, num_patches, config.mask_ratio, generator)
-        patches_to_keep.append(send(drawn[my_images], batch.images.device))
+        patches_to_keep.append(send(drawn[my_images], batch.pixels.device))
     patches_to_keep.extend([None] * config.focal_views)
     return Views(target_view, anchor_views, patches_to_keep)
 
@@ -311,7 +341,7 @@ def views_of_one_size(
 
     boxes = crop_boxes(draws["crop"], batch.sizes.repeat(num_views, 1), scale)
     flip = draws["flip"][:, 0] < config.flip
-    pixels = crop_and_resize(batch.images, boxes, flip, size)
+    pixels = crop_and_resize(batch, boxes, flip, size)
 
     if config.color_jitter > 0:
         jitter = draws["jitter"][:, 0] < config.jitter
@@ -327,7 +357,7 @@ def views_of_one_size(
         sigma = low + (high - low) * draws["blur"][blurred, 1]
         places = send(places_of(blurred), pixels.device)
         pixels[places] = gaussian_blur(pixels[places], send(sigma, pixels.device))
-    return normalize(pixels).split(len(batch.images))
+    return normalize(pixels).split(len(batch.sizes))
 
 
 # ---- Schedules (Appendix A.1) --------------------------------------------------------------------
@@ -543,8 +573,9 @@ def step_inputs(
 ) -> Iterator[StepInput]:
     """The views of each step, on the device."""
     for step, batch in enumerate(batches, steps.start):
-        batch = batch._replace(images=send(batch.images, device))
-        yield StepInput(make_views(batch, config, step, my_images), batch.unreadable)
+        views = make_views(batch.on(device), config, step, my_images)
+        batch.give_back()
+        yield StepInput(views, batch.unreadable)
 
 
 @torch.no_grad()
@@ -766,21 +797,22 @@ def crop_boxes(u: Tensor, sizes: Tensor, scale: tuple[float, float]) -> Tensor:
     return torch.stack([top, left, height, width], dim=1).long()
 
 
-def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+def crop_and_resize(batch: Batch, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     """Cut boxes out of images, resize them, and mirror those that `flip` says.
 
-    images: b c height width, uint8, on the device. boxes: (v b) 4, top, left, height, width, and
-    flip: (v b), both on the CPU; box i is of image i modulo b. -> (v b) c size size, from 0 to 1.
+    batch: its pixels on the device. boxes: (v b) 4, top, left, height, width, and flip: (v b), both
+    on the CPU; box i is of image i modulo b. -> (v b) c size size, from 0 to 1.
     Departure: Pillow's bilinear resize with antialiasing, but only to a grey level, rarely two.
     """
     # Why two ways: on a CPU, one by one is 2 to 4 times as fast for large pictures, which then stay
     # in its cache, as whole numbers. On a GPU, and for small pictures, all at once is faster.
-    if images.device.type == "cpu" and max(images.shape[-2:]) > LARGE:
-        crops = crop_one_by_one(images, boxes, size)
+    device = batch.pixels.device
+    if device.type == "cpu" and batch.sizes.max() > LARGE:
+        crops = crop_one_by_one(batch, boxes, size)
     else:
-        crops = crop_by_products(images, boxes, size)
+        crops = crop_by_products(batch, boxes, size)
 
-    flipped = send(places_of(flip), images.device)
+    flipped = send(places_of(flip), device)
     crops[flipped] = crops[flipped].flip(-1)
     return crops
 
@@ -796,8 +828,9 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
-def crop_one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+def crop_one_by_one(batch: Batch, boxes: Tensor, size: int) -> Tensor:
     """Crops of crop_and_resize, by torch's own resize."""
+    images = batch.images
     crops = []
     for i, (top, left, height, width) in enumerate(boxes.tolist()):
         image = images[i % len(images)]
@@ -806,7 +839,7 @@ def crop_one_by_one(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     return torch.cat(crops).float().div_(255)
 
 
-def crop_by_products(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+def crop_by_products(batch: Batch, boxes: Tensor, size: int) -> Tensor:
     """Crops of crop_and_resize, all at once, as products of matrices.
 
     The idea: each pixel of a resized crop is a weighted mean of the image's pixels, and each weight
@@ -815,26 +848,60 @@ def crop_by_products(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
     The trick: weights are 0 outside of the box, so most of that product is for nothing. Each image
     is first cut to a window around its box. All windows are as high as the highest box and as wide
-    as the widest, so that they stack into one tensor.
+    as the widest, so that they stack into one tensor; only where boxes are very unlike, they go
+    through in groups.
     """
+    images = torch.arange(len(boxes)) % len(batch.sizes)
+    groups = like_sized(boxes[:, 2:])
+    crops = []
+    for group in groups:
+        crops.append(crop_group(batch, images[group], boxes[group], size))
+    if len(groups) == 1:
+        return crops[0]
+    places = torch.cat(groups).argsort()
+    return torch.cat(crops)[send(places, batch.pixels.device)]
+
+
+MOST_WASTE = 4  # how many times as large as the boxes their windows may be
+
+
+def like_sized(sizes: Tensor) -> list[Tensor]:
+    """Which boxes go together, that windows of one size waste little: all, or those whose heights
+    and widths lie between the same powers of two. sizes: b 2 -> indices of each group."""
+    largest = sizes.amax(dim=0)
+    if len(sizes) * largest.prod() <= MOST_WASTE * sizes.prod(dim=1).sum():
+        return [torch.arange(len(sizes))]
+    _, kind = sizes.double().log2().ceil().unique(dim=0, return_inverse=True)
+    return [places_of(kind == number) for number in range(int(kind.max()) + 1)]
+
+
+def crop_group(batch: Batch, images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops of crop_by_products, by windows of one size. images: n, which one each box is of;
+    boxes: n 4 -> n c size size."""
+    device = batch.pixels.device
     window_size = boxes[:, 2:].amax(dim=0)
     window_height, window_width = window_size.tolist()
-    image_size = torch.tensor(images.shape[-2:])
-    corner = torch.minimum(boxes[:, :2], image_size - window_size)  # so that no window sticks out
+    image_size = batch.sizes[images]
+    corner = torch.minimum(boxes[:, :2], image_size - window_size).clamp(min=0)
 
-    boxes = send(boxes, images.device)
-    corner = send(corner, images.device)
+    boxes, corner, image_size = (send(x, device) for x in (boxes, corner, image_size))
     start = boxes[:, :2] - corner  # of each box in its window
     row_weights = resize_matrix(start[:, 0], boxes[:, 2], window_height, size) / 255
     column_weights = resize_matrix(start[:, 1], boxes[:, 3], window_width, size)
 
-    all_windows = images.unfold(2, window_height, 1).unfold(3, window_width, 1)  # copies nothing
-    image = torch.arange(len(boxes), device=images.device) % len(images)
-    top, left = corner.unbind(dim=1)
-    windows = all_windows[image, :, top, left].float()  # (v b) c window_height window_width
+    # A row of a window is a stretch of batch.pixels. Windows that are larger than their image stick
+    # out at the bottom and on the right. What is there does not matter: its weight is 0.
+    lengths = batch.channels * batch.sizes.prod(dim=1)
+    first = send((lengths.cumsum(dim=0) - lengths)[images], device)[:, None]
+    row = corner[:, :1] + torch.arange(window_height, device=device)
+    row = torch.minimum(row, image_size[:, :1] - 1)
+    place = row * image_size[:, 1:] + corner[:, 1:]  # in its image
+    row_length = batch.channels * window_width
+    all_stretches = F.pad(batch.pixels, (0, row_length)).unfold(0, row_length, 1)  # copies nothing
+    rows = all_stretches[first + batch.channels * place]  # n window_height row_length
 
     # All channels have the same weights, so they go through each product below or beside another.
-    channels_below = rearrange(windows, "b c h w -> b (c h) w")
+    channels_below = rearrange(rows, "b h (w c) -> b (c h) w", c=batch.channels).float()
     narrow = torch.bmm(channels_below, column_weights.transpose(1, 2))
     channels_beside = rearrange(narrow, "b (c h) w -> b h (c w)", h=window_height)
     crops = torch.bmm(row_weights, channels_beside)
@@ -1242,8 +1309,7 @@ class ImagesInMemory(Dataset):
         return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        sizes = torch.tensor(self.images.shape[-2:]).expand(len(indices), 2)
-        return Batch(self.images[indices], sizes, indices, [])
+        return pack(list(self.images[indices]), indices)
 
 
 class ImageFiles(Dataset):
@@ -1265,9 +1331,10 @@ class ImageFiles(Dataset):
         self.paths = paths
         self.side = side
         self.free_bytes = cache_bytes
-        self.cache: dict[int, Tensor] = {}
+        self.cache: dict[int, np.ndarray] = {}
         self.rules = rules or PictureRules()
         self.reasons: dict[int, str] = {}  # why a file could not be read
+        self.memory = BatchMemory()
         if check:
             self.sample = self.read_sample()
             self.sample.refuse_if_unreadable()
@@ -1303,8 +1370,8 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, i: int) -> Tensor | None:
-        """The image, or None if the file can't be read; `reasons` says why."""
+    def read(self, i: int) -> np.ndarray | None:
+        """The image as of load_image, or None if the file can't be read; `reasons` says why."""
         if i in self.cache:
             return self.cache[i]
         try:
@@ -1321,7 +1388,7 @@ class ImageFiles(Dataset):
         """Why a file could not be read."""
         return self.reasons.get(i, "not read")
 
-    def next_readable(self, i: int, unreadable: list[str]) -> tuple[int, Tensor]:
+    def next_readable(self, i: int, unreadable: list[str]) -> tuple[int, np.ndarray]:
         """The first readable file from i on (after the last comes the first): its number and image.
 
         It stands in for file i, the same one whoever reads. Files that it passes over are appended
@@ -1338,20 +1405,70 @@ class ImageFiles(Dataset):
         )
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        images = []
+        sizes = []
         used = []
         unreadable: list[str] = []
+        memory = self.memory.take()
+        end = 0
         for i in indices:
-            j, pixels = self.next_readable(i, unreadable)
-            images.append(pixels)
+            j, image = self.next_readable(i, unreadable)
+            start = end
+            end += image.size
+            if end > len(memory.pixels):
+                memory = self.memory.larger(memory, end)
+            memory.pixels.numpy()[start:end] = image.reshape(-1)
+            sizes.append(image.shape[:2])
             used.append(j)
 
-        sizes = torch.tensor([image.shape[-2:] for image in images])
-        height, width = sizes.amax(dim=0).tolist()
-        canvas = torch.zeros(len(images), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        for place, image in zip(canvas, images, strict=True):
-            place[:, : image.shape[1], : image.shape[2]] = image
-        return Batch(canvas, sizes, used, unreadable)
+        memory.in_use.fill_(1)
+        pixels = memory.pixels[:end]
+        return Batch(pixels, torch.tensor(sizes), used, unreadable, memory.in_use)
+
+
+class Memory(NamedTuple):
+    """A piece of memory for the pixels of a batch."""
+
+    pixels: Tensor  # uint8
+    in_use: Tensor  # 1 number: 1 while a batch is lent out in it
+
+
+class BatchMemory:
+    """Memory for batches, which is used again when a batch is given back.
+
+    Why: a system gives out memory page by page, each one when it is first written to. For pictures
+    that takes as long as to decode them. A process that decodes for another one needs memory that
+    both share, which is dearer still. If nobody calls Batch.give_back, each batch has memory of
+    its own.
+    """
+
+    def __init__(self):
+        self.size = 0  # bytes of pixels, enough for the largest batch so far
+        self.kept: list[Memory] = []
+
+    def take(self) -> Memory:
+        """A piece that is not in use."""
+        self.kept = [piece for piece in self.kept if len(piece.pixels) >= self.size]
+        for piece in self.kept:
+            if piece.in_use == 0:
+                return piece
+
+        memory = torch.empty(HEADER + self.size, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            memory.share_memory_()
+        piece = Memory(memory[HEADER:], memory[:1].zero_())
+        self.kept = [*self.kept, piece][-MOST_KEPT:]
+        return piece
+
+    def larger(self, piece: Memory, size: int) -> Memory:
+        """Another piece with the content of this one, larger by half or of that many bytes."""
+        self.size = max(size, 3 * self.size // 2)
+        new = self.take()
+        new.pixels[: len(piece.pixels)] = piece.pixels
+        return new
+
+
+HEADER = 64  # bytes before the pixels
+MOST_KEPT = 8  # pieces: more are in use only where batches are collected
 
 
 class UnreadableFiles:
@@ -1381,8 +1498,8 @@ def why_unreadable(error: Exception) -> str:
     return f"damaged: {details or type(error).__name__}"
 
 
-def load_image(path: Path, side: int, rules: PictureRules | None = None) -> Tensor:
-    """A picture file as uint8, 3 height width, upright.
+def load_image(path: Path, side: int, rules: PictureRules | None = None) -> np.ndarray:
+    """A picture file as uint8, height width 3, upright.
 
     Its shorter side is reduced to at most `side` pixels, and its longer one to at most four times
     that. Raises TooManyPixels and whatever Pillow raises.
@@ -1401,7 +1518,12 @@ def load_image(path: Path, side: int, rules: PictureRules | None = None) -> Tens
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     if size != (width, height):
         image = image.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=2)
-    return torch.from_numpy(np.array(turn_upright(image, orientation))).permute(2, 0, 1)
+    return np.asarray(turn_upright(image, orientation))
+
+
+# Pillow would give the memory of each picture back to the system and get it anew, page by page,
+# which takes longer than to decode it. Now it keeps up to 4 blocks (of at most 16 MiB).
+Image.core.set_blocks_max(4)
 
 
 # ---- What a sample of the pictures is like: said at the start, so that nothing goes wrong quietly
@@ -1475,9 +1597,9 @@ class PictureSample:
         return notes
 
 
-def has_one_colour(pixels: Tensor) -> bool:
-    """Whether all pixels of an image (c height width) are the same."""
-    return bool((pixels == pixels[:, :1, :1]).all())
+def has_one_colour(pixels: np.ndarray) -> bool:
+    """Whether all pixels of an image (height width c) are the same."""
+    return bool((pixels == pixels[:1, :1]).all())
 
 
 def has_several_frames(path: Path, rules: PictureRules) -> bool:
@@ -2208,6 +2330,7 @@ def embed_images(
         batch = images.__getitems__(wanted)
         readable = [place for place, i in enumerate(wanted) if batch.indices[place] == i]
         pixels = squash(batch, size, device)
+        batch.give_back()
         if len(readable) < len(wanted):
             pixels = pixels[send(torch.tensor(readable), device)]
         if encoder is None:
@@ -2230,7 +2353,7 @@ def squash(batch: Batch, size: int, device: torch.device) -> Tensor:
     corner = torch.zeros_like(batch.sizes)
     boxes = torch.cat([corner, batch.sizes], dim=1)
     no_flip = torch.zeros(len(boxes), dtype=torch.bool)
-    return crop_and_resize(send(batch.images, device), boxes, no_flip, size)
+    return crop_and_resize(batch.on(device), boxes, no_flip, size)
 
 
 def some_of(images: Dataset, count: int) -> list[int]:
@@ -2333,9 +2456,11 @@ def embed_pairs(
     for first in range(0, len(indices), batch_size):
         part = slice(first, first + batch_size)
         batch = images.__getitems__(indices[part])
-        batch = batch._replace(images=send(batch.images, device))
         own_draws = {name: numbers[:, part] for name, numbers in draws.items()}
-        views = views_of_one_size(batch, own_draws, config, config.image_size, config.crop_scale)
+        views = views_of_one_size(
+            batch.on(device), own_draws, config, config.image_size, config.crop_scale
+        )
+        batch.give_back()
 
         readable = torch.tensor(batch.indices) == torch.tensor(indices[part])
         of_both = []
@@ -3815,8 +3940,7 @@ def smooth_curve(table: list[dict[str, str]], column: str) -> list[Point]:
 def pictured_views(data: Images, config: TrainConfig, count: int, device: torch.device) -> Views:
     """Views of `count` training images, made as those of the run's first step."""
     batch = data.train.__getitems__(some_of(data.train, count))
-    batch = batch._replace(images=batch.images.to(device))
-    return make_views(batch, replace(config, batch_size=count), 0, slice(0, count))
+    return make_views(batch.on(device), replace(config, batch_size=count), 0, slice(0, count))
 
 
 @torch.no_grad()

@@ -75,14 +75,9 @@ def random_pictures(
 
 
 def as_batch(pictures: list[np.ndarray]) -> train_msn.Batch:
-    """Pictures (h w 3) of any sizes as a data set gives them: each in a corner of a canvas."""
-    sizes = torch.tensor([picture.shape[:2] for picture in pictures])
-    height, width = sizes.amax(dim=0).tolist()
-    canvas = torch.zeros(len(pictures), 3, height, width, dtype=torch.uint8)
-    for place, picture in zip(canvas, pictures, strict=True):
-        pixels = torch.from_numpy(picture).permute(2, 0, 1)
-        place[:, : picture.shape[0], : picture.shape[1]] = pixels
-    return train_msn.Batch(canvas, sizes, list(range(len(pictures))), [])
+    """Pictures (h w 3) of any sizes as a data set gives them."""
+    images = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]
+    return train_msn.pack(images, list(range(len(pictures))))
 
 
 def make_pictures(folder: Path, count: int = 24, classes: int = 2, size: int = 20) -> Path:

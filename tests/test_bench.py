@@ -24,12 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from train_msn import (
-    Batch,
     Processes,
     TrainConfig,
     UsageError,
     build_model,
     make_config,
+    pack,
     run_program,
 )
 from vitmsn import IMAGENET_STD, ViTMSNForImageClassification, ViTMSNModel
@@ -478,11 +478,10 @@ def test_pillow_makes_the_views_that_we_make(changes, limit):
     # Smooth pictures: how two libraries treat noise of a pixel's size is not what is compared.
     coarse = torch.randint(256, (16, 3, 4, 5)).float()
     images = F.interpolate(coarse, (40, 50), mode="bilinear").byte()
-    sizes = torch.tensor([[40, 50]] * 16)
     _, our_views_of = bench.ViewsCase(config, [40, 50], CPU).prepare()
     _, pillow_views_of = bench.PillowCase(config, [40, 50], CPU).prepare()
 
-    ours = our_views_of(Batch(images, sizes, [], []))
+    ours = our_views_of(pack(list(images), []))
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     pillow = pillow_views_of(pictures)
 

@@ -103,10 +103,10 @@ def test_every_kind_of_picture_is_read_as_upright_rgb(
     name, picture, options, expected, limit, tmp_path
 ):
     """Whatever the format, mode, depth or orientation: uint8 RGB, upright, the right pixels."""
-    pixels = load_image(save_picture(tmp_path / name, picture, **options), 64).numpy()
+    pixels = load_image(save_picture(tmp_path / name, picture, **options), 64)
     expected = expected if expected.ndim == 3 else np.stack([expected] * 3, axis=2)
-    assert pixels.dtype == np.uint8 and pixels.shape == expected.transpose(2, 0, 1).shape
-    assert np.abs(pixels.transpose(1, 2, 0).astype(int) - expected).max() <= limit
+    assert pixels.dtype == np.uint8 and pixels.shape == expected.shape
+    assert np.abs(pixels.astype(int) - expected).max() <= limit
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_large_pictures_are_reduced_to_a_shorter_side_or_four_times_that(
 ):
     """The shorter side becomes `side`, unless the longer one would be above four times that."""
     path = save_picture(tmp_path / f"a.{suffix}", Image.linear_gradient("L").resize(size))
-    pixels = load_image(path, side).float()
-    assert pixels.shape == (3, *expected)
+    pixels = load_image(path, side)
+    assert pixels.shape == (*expected, 3)
     small = Image.linear_gradient("L").resize(
         expected[::-1], Image.Resampling.BILINEAR, reducing_gap=2
     )
-    assert (pixels - torch.from_numpy(np.array(small))).abs().mean() < 8
+    assert np.abs(pixels.astype(int) - np.asarray(small)[..., None]).mean() < 8
 
 
 # -- files that cannot be read ---------------------------------------------------------------------
@@ -187,7 +187,8 @@ def test_the_next_readable_picture_stands_in_the_same_for_every_rank_and_number_
         ]
         for whole, half in zip(*loaders, strict=True):
             assert whole.indices[6:] == half.indices
-            assert whole.images[6:, :, :6, :6].equal(half.images[:, :, :6, :6])
+            for image, same in zip(whole.images[6:], half.images, strict=True):
+                assert image.equal(same)
 
 
 @given(st.integers(2, 9), st.integers(1, 5), st.integers(0, 8), st.integers(0, 99))
@@ -246,6 +247,66 @@ def test_files_that_vanish_during_a_run_are_an_error_in_words(tmp_path):
         files.__getitems__([0, 1])
 
 
+def test_a_batch_costs_the_sum_of_its_pictures(tmp_path):
+    """A very wide and a very tall picture beside small ones: nothing is as wide and as tall."""
+    shapes = [(200, 3), (3, 200), *[(4, 5)] * 20]
+    for i, shape in enumerate(shapes):
+        save_picture(tmp_path / f"{i:02d}.png", np.full(shape, i, np.uint8))
+    batch = ImageFiles(find_pictures(tmp_path).pictures, 50, 0).__getitems__(list(range(22)))
+    assert batch.pixels.untyped_storage().nbytes() < 2 * sum(3 * h * w for h, w in shapes)
+    for i, (image, shape) in enumerate(zip(batch.images, shapes, strict=True)):
+        assert image.shape == (3, *shape) and (image == i).all()
+
+
+def grey_files(folder: Path, count: int = 24) -> ImageFiles:
+    """Pictures of one grey each, of several sizes."""
+    for i in range(count):
+        save_picture(folder / f"{i:02d}.png", np.full((4 + i % 7, 5 + i % 3), 10 * i, np.uint8))
+    return ImageFiles(find_pictures(folder).pictures, 64, 0)
+
+
+def assert_greys(batch: Batch) -> None:
+    for image, i in zip(batch.images, batch.indices, strict=True):
+        assert image.shape == (3, 4 + i % 7, 5 + i % 3) and (image == 10 * i).all()
+
+
+def test_memory_of_a_batch_is_used_again_once_it_is_given_back_and_not_before(tmp_path):
+    """What is not given back stays as it is, whatever is read after it."""
+    files = grey_files(tmp_path)
+    first, second = files.__getitems__([23, 22]), files.__getitems__([0, 1])
+    first.give_back()
+    third = files.__getitems__([9, 8])
+    assert third.pixels.data_ptr() == first.pixels.data_ptr() != second.pixels.data_ptr()
+    others = [files.__getitems__([i, i + 1]) for i in range(2, 22)]
+    for batch in (second, third, *others):
+        assert_greys(batch)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("give_back", [True, False])
+def test_workers_never_write_to_a_batch_before_it_is_given_back(give_back, tmp_path):
+    """However long a batch is kept, it is what was read; growing batches too."""
+    files = grey_files(tmp_path)
+    lists = [list(range(i % 20, i % 20 + 1 + i % 4)) for i in range(40)]
+    kept = []
+    for batch in DataLoader(files, batch_sampler=lists, collate_fn=Batch._make, num_workers=2):
+        kept.append(batch)
+        if give_back and len(kept) > 3:
+            oldest = kept.pop(0)
+            assert_greys(oldest)
+            oldest.give_back()
+    for batch in kept:
+        assert_greys(batch)
+
+
+def test_pillow_keeps_its_memory_from_one_picture_to_the_next(tmp_path):
+    """To get it anew takes longer than to decode a picture."""
+    files = grey_files(tmp_path)
+    before = Image.core.get_stats()["reused_blocks"]
+    files.__getitems__(list(range(10)))
+    assert Image.core.get_stats()["reused_blocks"] - before >= 10
+
+
 @pytest.mark.parametrize("pictures_that_fit", [0, 3, 100])
 def test_decoded_pictures_are_kept_up_to_the_stated_size_and_read_alike(
     pictures_that_fit, tmp_path
@@ -254,9 +315,9 @@ def test_decoded_pictures_are_kept_up_to_the_stated_size_and_read_alike(
     make_grey_pictures(tmp_path, *(f"{i:02d}.png" for i in range(10)))
     limit = pictures_that_fit * 108 + 50  # a picture of 6 x 6 x 3 takes 108 bytes
     files = ImageFiles(find_pictures(tmp_path).pictures, 8, limit)
-    once, again = (files.__getitems__(list(range(10))).images for _ in range(2))
+    once, again = (files.__getitems__(list(range(10))).pixels for _ in range(2))
     assert once.equal(again) and len(files.cache) == min(pictures_that_fit, 10)
-    kept = sum(image.untyped_storage().nbytes() for image in files.cache.values())
+    kept = sum(image.nbytes for image in files.cache.values())
     assert kept <= limit
 
 

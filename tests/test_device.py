@@ -23,7 +23,7 @@ import bench
 import finetune
 import train_msn
 import vitmsn
-from train_msn import Batch, Processes
+from train_msn import Batch, Processes, pack
 
 pytestmark = pytest.mark.skipif(bool(pretend_device.MISSING), reason=pretend_device.MISSING)
 
@@ -371,17 +371,21 @@ def make_config(**changes) -> train_msn.TrainConfig:
     return train_msn.make_config({**STEP, **changes})
 
 
-def pictures_of(height: int, width: int, count: int = 6) -> Batch:
-    """Smooth coloured pictures, as photographs are; of some, the last columns are empty."""
+def smooth(height: int, width: int, count: int) -> torch.Tensor:
+    """Smooth coloured pictures, as photographs are. -> count 3 height width, uint8"""
     coarse = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    images = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1).mul(255).byte()
-    sizes = torch.tensor([[height, width - i % 3] for i in range(count)])
-    return Batch(images, sizes, list(range(count)), [])
+    return F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1).mul(255).byte()
+
+
+def pictures_of(height: int, width: int, count: int = 6) -> Batch:
+    """Smooth coloured pictures of three widths."""
+    images = smooth(height, width, count)
+    images = [image[:, :, : width - i % 3] for i, image in enumerate(images)]
+    return pack(images, list(range(count)))
 
 
 def views_on(device, batch: Batch, config: train_msn.TrainConfig) -> train_msn.Views:
-    on_device = batch._replace(images=batch.images.to(device))
-    return train_msn.make_views(on_device, config, 1, slice(0, len(batch.sizes)))
+    return train_msn.make_views(batch.on(device), config, 1, slice(0, len(batch.sizes)))
 
 
 @pytest.mark.parametrize("anchor_view", ["own", "recolored", "target"])
@@ -415,7 +419,7 @@ def test_crops_of_large_pictures_on_the_device_equal_the_cpu(device):
     boxes = train_msn.crop_boxes(u, batch.sizes.repeat(2, 1), (0.3, 1.0))
 
     def crops(device):
-        return train_msn.crop_by_products(batch.images.to(device), boxes, 24)
+        return train_msn.crop_by_products(batch.on(device), boxes, 24)
 
     assert_same_on_the_device(crops, device)
 
@@ -507,14 +511,14 @@ class WithGaps(train_msn.ImagesInMemory):
 
 def embed_on(device, images=None, encoder: bool = True, batch_size: int = 4):
     model = randomized(vitmsn.ViTMSNModel(tiny_config())).to(device) if encoder else None
-    images = images or train_msn.ImagesInMemory(pictures_of(36, 33, 12).images)
+    images = images or train_msn.ImagesInMemory(smooth(36, 33, 12))
     return train_msn.embed_images(model, images, list(range(11)), 32, device, batch_size)
 
 
 @pytest.mark.parametrize("encoder", [True, False], ids=["encoder", "pixels"])
 def test_features_from_the_device_equal_the_cpu(device, encoder):
     """Also where images are left out; they come to the CPU."""
-    images = WithGaps(pictures_of(36, 33, 12).images)
+    images = WithGaps(smooth(36, 33, 12))
     expected, kept = embed_on(CPU, images, encoder)
     actual, also_kept = embed_on(device, images, encoder)
     assert also_kept == kept == [1, 2, 3, 4, 6, 7, 8, 9]
@@ -526,7 +530,7 @@ def test_features_from_the_device_equal_the_cpu(device, encoder):
 def test_evaluation_waits_once_a_batch(device, gaps):
     """For the features on their way to the CPU."""
     kind = WithGaps if gaps else train_msn.ImagesInMemory
-    images = kind(pictures_of(36, 33, 12).images)
+    images = kind(smooth(36, 33, 12))
     with count_waits() as one_batch:
         embed_on(device, images, batch_size=11)
     with count_waits() as four_batches:
@@ -535,7 +539,7 @@ def test_evaluation_waits_once_a_batch(device, gaps):
 
 
 def test_neighbours_on_the_device_give_the_cpus_classes(device):
-    images = train_msn.ImagesInMemory(pictures_of(36, 33, 12).images)
+    images = train_msn.ImagesInMemory(smooth(36, 33, 12))
     labels = torch.arange(12) % 3
     data = train_msn.Images(["a", "b", "c"], images, labels, images, labels)
     config = make_config(image_size=32, patch_size=8)
@@ -723,7 +727,7 @@ def train_classifier_on(device, steps: int = 3):
     config = finetune.FinetuneConfig(steps=steps, batch_size=4, precision="float32", device="cpu")
     encoder = randomized(vitmsn.ViTMSNModel(tiny_config())).to(device)
     model = finetune.build_classifier(encoder, ["a", "b"], config, randn(2, 24).to(device))
-    images = train_msn.ImagesInMemory(pictures_of(36, 33, 12).images)
+    images = train_msn.ImagesInMemory(smooth(36, 33, 12))
     labels = torch.arange(12) % 2
     with count_waits() as waits:
         finetune.train_classifier(
@@ -734,7 +738,7 @@ def train_classifier_on(device, steps: int = 3):
 
 def test_classifier_training_on_the_device_equals_the_cpu(device):
     """The probabilities that it gives after a few steps."""
-    images = train_msn.ImagesInMemory(pictures_of(36, 33, 12).images)
+    images = train_msn.ImagesInMemory(smooth(36, 33, 12))
     expected, actual = (
         finetune.classify(train_classifier_on(d)[0], images, list(range(12))) for d in (CPU, device)
     )

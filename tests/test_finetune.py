@@ -37,7 +37,7 @@ from finetune import (
     probe_objective,
     train_classifier,
 )
-from train_msn import ImagesInMemory, UsageError, run_program
+from train_msn import ImagesInMemory, UsageError, pack, run_program
 from vitmsn import ViTMSNForImageClassification, ViTMSNModel, preprocess, to_original
 
 GOLDEN = Path(__file__).parent / "golden" / "logistic.npz"
@@ -289,9 +289,9 @@ def test_a_crop_of_the_whole_image_is_the_image_half_of_them_flipped():
     """Crops of square images at scale 1 that don't fit are whole; flips are left to right."""
     images = torch.randint(0, 256, (200, 3, 1, 8), dtype=torch.uint8)
     images = images.expand(-1, -1, 8, -1)  # all lines alike, so only the direction matters
-    sizes = torch.full((200, 2), 8)
     generator = torch.Generator().manual_seed(0)
-    views = finetune.crop_and_flip(images, sizes, (1.0, 1.0), 8, generator)
+    batch = pack(list(images), list(range(200)))
+    views = finetune.crop_and_flip(batch, (1.0, 1.0), 8, generator)
     # At scale 1 a crop of another shape than the image's own does not fit: it is the whole image.
     whole = finetune.normalize(images.float() / 255)
     same = (views - whole).abs().amax(dim=(1, 2, 3)) < 1e-4
@@ -359,7 +359,7 @@ def test_training_is_adamw_with_smoothed_labels_clipped_gradients_and_the_schedu
     norms = []
     for step in range(3):
         batch = images.__getitems__(next(batches))
-        pixels = finetune.crop_and_flip(batch.images, batch.sizes, (0.8, 1.0), 16, generator)
+        pixels = finetune.crop_and_flip(batch, (0.8, 1.0), 16, generator)
         for group, lr in zip(optimizer.param_groups, highest, strict=True):
             group["lr"] = lr * finetune.learning_rate_factor(step, 3)
         log_p = expected(pixels).logits.log_softmax(dim=-1)

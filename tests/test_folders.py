@@ -44,7 +44,7 @@ def test_a_folder_of_classes_has_labels_and_validation_images(tmp_path):
     data = folder_images(make_grey_pictures(tmp_path, *names), 8, CACHE)
     assert data.classes == ["a c", "b", "ä"] and [len(data.train), len(data.val)] == [3, 1]
     assert data.train_labels.tolist() == [0, 1, 2] and data.val_labels.tolist() == [2]
-    assert data.val.__getitems__([0]).images.unique().tolist() == [30]
+    assert data.val.__getitems__([0]).pixels.unique().tolist() == [30]
     assert data.why_no_labels == ""
 
 

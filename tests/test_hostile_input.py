@@ -340,7 +340,7 @@ def load_image_file(content: bytes, folder: Path):
     files = train_msn.ImageFiles([folder / "good.png"], 16, 0)
     files.paths.append(folder / "picture.png")
     batch = files.__getitems__([1])
-    assert batch.images.dtype == torch.uint8 and batch.indices == [not batch.unreadable]
+    assert batch.pixels.dtype == torch.uint8 and batch.indices == [not batch.unreadable]
     if batch.unreadable:
         raise ValueError("refused")
 

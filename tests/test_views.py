@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 from runs import as_batch, random_pictures
-from torch.nn.functional import pad
 from torch.testing import assert_close
 
 import train_msn
@@ -24,6 +24,7 @@ from train_msn import (
     COLOR_OPERATIONS,
     DRAWS,
     LARGE,
+    MOST_WASTE,
     RECIPES,
     TRIES,
     Batch,
@@ -38,9 +39,11 @@ from train_msn import (
     gaussian_blur,
     generator_for,
     knn_predict,
+    like_sized,
     linear,
     make_config,
     make_views,
+    pack,
     schedule_at,
     synthetic_images,
     to_grey,
@@ -69,15 +72,16 @@ def random_colours(
 # -- crop, resize, flip ----------------------------------------------------------------------------
 
 
-def crop_small(images: torch.Tensor, *arguments) -> torch.Tensor:
+def crop_small(batch: Batch, *arguments) -> torch.Tensor:
     """What crop_and_resize does with small pictures: all at once, by products of matrices."""
-    assert max(images.shape[-2:]) <= LARGE
-    return crop_and_resize(images, *arguments)
+    assert batch.sizes.max() <= LARGE
+    return crop_and_resize(batch, *arguments)
 
 
-def crop_large(images: torch.Tensor, *arguments) -> torch.Tensor:
-    """What crop_and_resize does with large pictures on a CPU: one by one, on a larger canvas."""
-    return crop_and_resize(pad(images, (0, LARGE + 1, 0, LARGE + 1)), *arguments)
+def crop_large(batch: Batch, *arguments) -> torch.Tensor:
+    """What crop_and_resize does with large pictures on a CPU: one by one; here on small ones."""
+    with mock.patch.object(train_msn, "LARGE", 0):
+        return crop_and_resize(batch, *arguments)
 
 
 # torch's resize of whole numbers rounds after each axis, as Pillow's: rarely they differ by two.
@@ -95,7 +99,7 @@ def test_crop_and_resize_is_pillows_crop_then_bilinear_resize(crop, greys, seed,
         boxes.append([top, left, bottom - top + 1, right - left + 1])
     boxes = torch.tensor(np.array(boxes))
 
-    ours = crop(as_batch(pictures[:5]).images, boxes, torch.zeros(10, dtype=torch.bool), size)
+    ours = crop(as_batch(pictures[:5]), boxes, torch.zeros(10, dtype=torch.bool), size)
     for view, picture, (top, left, height, width) in zip(
         ours, pictures, boxes.tolist(), strict=True
     ):
@@ -111,14 +115,41 @@ def test_a_flip_mirrors_the_views_that_it_is_asked_for(crop, seed):
     batch = as_batch(random_pictures(np.random.default_rng(seed), 3))
     boxes = torch.cat([torch.zeros_like(batch.sizes), batch.sizes], dim=1)
     flip = torch.tensor([True, False, True])
-    plain = crop(batch.images, boxes, flip & False, 12)
-    flipped = crop(batch.images, boxes, flip, 12)
+    plain = crop(batch, boxes, flip & False, 12)
+    flipped = crop(batch, boxes, flip, 12)
     assert_close(flipped[0], plain[0].flip(-1), rtol=0, atol=0)
     assert_close(flipped[1], plain[1], rtol=0, atol=0)
     assert_close(flipped[2], plain[2].flip(-1), rtol=0, atol=0)
 
 
 SIZES = st.lists(st.tuples(st.integers(1, 80), st.integers(1, 80)), min_size=1, max_size=8)
+UNLIKE_SIZES = st.lists(
+    st.tuples(st.sampled_from([1, 8, 900]), st.integers(1, 900)), min_size=1, max_size=8
+)
+
+
+@given(SIZES | UNLIKE_SIZES)
+def test_windows_are_never_many_times_as_large_as_their_boxes(sizes):
+    """Each box is in one group, and all windows together waste no more than is allowed."""
+    sizes = torch.tensor(sizes)
+    groups = like_sized(sizes)
+    assert sorted(torch.cat(groups).tolist()) == list(range(len(sizes)))
+    windows = sum(len(group) * sizes[group].amax(dim=0).prod() for group in groups)
+    assert windows <= MOST_WASTE * sizes.prod(dim=1).sum()
+
+
+def test_very_wide_beside_very_tall_pictures_are_cropped_as_they_are_alone():
+    """Boxes that go through in groups come out in their places."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, 60, 3), (60, 2, 3), (40, 40, 3), (1, 64, 3), (64, 1, 3)]
+    pictures = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+    sizes = as_batch(pictures).sizes
+    boxes = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
+    assert len(like_sized(sizes)) > 1
+    together = crop_small(as_batch(pictures), boxes, torch.zeros(5, dtype=torch.bool), 12)
+    for i, picture in enumerate(pictures):
+        alone = crop_small(as_batch([picture]), boxes[[i]], torch.zeros(1, dtype=torch.bool), 12)
+        assert_close(together[[i]], alone, rtol=0, atol=1e-6)
 
 
 @given(SEEDS, SIZES, st.floats(1e-3, 1), st.sampled_from([0.0, 0.5, 1 - 2**-24]))
@@ -313,10 +344,8 @@ ALL = slice(0, 12)
 
 
 def part_of(batch: Batch, my_images: slice) -> Batch:
-    """What one process loads: its images, on a canvas that fits them."""
-    sizes = batch.sizes[my_images]
-    height, width = sizes.amax(dim=0).tolist()
-    return Batch(batch.images[my_images, :, :height, :width], sizes, batch.indices[my_images], [])
+    """What one process loads: its images."""
+    return pack(batch.images[my_images], batch.indices[my_images])
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
@@ -535,7 +564,7 @@ def test_raw_pixels_are_compared_at_64_at_most(monkeypatch):
 def test_knn_accuracy_takes_the_settings_training_images_and_is_1_on_them():
     """Validation images that are training images are all right."""
     pictures = random_pictures(np.random.default_rng(0), 10, 8, 9)
-    images = ImagesInMemory(as_batch(pictures).images)
+    images = ImagesInMemory(torch.stack(as_batch(pictures).images))
     data = Images(list("abcdefghij"), images, torch.arange(10), images, torch.arange(10))
     config = make_config({"image_size": 8, "focal_size": 8})
     assert train_msn.knn_accuracy(None, data, config, CPU) == 1.0
