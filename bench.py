@@ -6,7 +6,8 @@
     python bench.py gpu                # all that needs a GPU: checks and times, in 25 minutes
 
 The suites: inference (forward passes), train (a training step and its parts), masking (what dropped
-patches save), growth (what a larger picture, batch, ... costs), views (our views against Pillow's).
+patches save), growth (what a larger picture, batch, ... costs), views (our views against Pillow's),
+loader (pictures read from files on one core, and how many cores a GPU needs for that).
 Each takes those flags of train_msn.py that change what it measures, and refuses the others.
 
 The cases that a suite compares run in turn (A B A B ...) after a warm-up, each time on new input.
@@ -21,6 +22,8 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
+import os
 import platform
 import re
 import shutil
@@ -31,7 +34,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
@@ -44,10 +47,12 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 
 from train_msn import (
     VIEWS,
     Batch,
+    ImageFiles,
     Images,
     Processes,
     StepValues,
@@ -63,6 +68,7 @@ from train_msn import (
     crop_boxes,
     draw_views,
     embed_images,
+    find_pictures,
     first_look,
     generator_for,
     knn_predict,
@@ -76,7 +82,6 @@ from train_msn import (
     run_program,
     say,
     schedule_at,
-    send,
     set_threads,
     settle,
     start_alone,
@@ -855,6 +860,166 @@ def views_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> 
         "Pillow": pillow,
         "Pillow / ours": pillow["median"] / ours["median"],
     }
+
+
+# ---- Suite loader: pictures from files to batches
+
+BATCHES = 8  # of each run
+MEGAPIXELS = 96  # of each run, if a batch can be as large as that takes
+JPEG_QUALITY = 90
+NUM_MADE = 4  # different pictures of a size, of which one is upright
+
+
+@dataclass(frozen=True)
+class LoaderCase(Case):
+    """Batches read from files, as a training run does it, without making views of them."""
+
+    paths: list[Path]
+    side: int  # to which the shorter side is reduced
+    batch: int
+    workers: int  # processes that read; 0: this one does
+    megapixels: float  # of a picture
+
+    def prepare(self) -> Timed:
+        files = ImageFiles(self.paths, self.side, cache_bytes=0, check=False)
+        order = [i % len(files) for i in range(BATCHES * self.batch)]
+        loader = DataLoader(
+            files,
+            batch_sampler=[order[k::BATCHES] for k in range(BATCHES)],
+            collate_fn=Batch._make,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
+
+        def read_all(_) -> None:
+            for batch in loader:
+                batch.pixels[::4096].sum()  # each page of memory is looked at, as by a copy
+                batch.give_back()
+
+        return Timed(lambda: None, read_all)
+
+    def work(self) -> float:
+        return BATCHES * self.batch * self.megapixels
+
+
+def loader_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> Iterator[dict]:
+    """JPEGs from files to batches on one CPU core: images/s by size and by number of workers.
+
+    A core is shared by the process that trains and the workers, which are processes that decode (0:
+    the first one does). Pictures are made: noise with the spectrum of photographs, a quarter of
+    them upright. Times are of one image; with --cpu-time (on Linux) they are those that all these
+    processes compute, which a busy machine hardly changes.
+
+    "Cores a GPU" is how many such cores keep up with a GPU whose training step takes as many
+    images/s as stands beside. By default that is arithmetic, 40 % of an H100's peak: replace it by
+    what `bench.py train` measures on your GPU.
+    """
+    if args.cpu_time:
+        setup = replace(setup, clock=seconds_of_all_processes)
+    gpu_speed = args.gpu_images_per_second
+    if not gpu_speed:
+        gpu_speed = ASSUMED_SPEED["bfloat16"] / (step_flops(config) / config.batch_size)
+
+    with tempfile.TemporaryDirectory() as folder, one_core():
+        groups = {}
+        for source, paths in sources_of(args, Path(folder)).items():
+            groups[source] = loader_cases(paths, config, args.workers)
+        progress = Progress(list(groups.values()), setup)
+
+        for source, cases in groups.items():
+            results = measure(cases, setup, progress)
+            for workers, case in cases.items():
+                images = BATCHES * case.batch
+                result = results[workers]
+                kilobytes = sum(path.stat().st_size for path in case.paths) / 1e3
+                yield {
+                    "source": source,
+                    "kB a file": kilobytes / len(case.paths),
+                    "workers": workers,
+                    "one image": of_one(result, images),
+                    "images/s": images / result["median"],
+                    "GPU images/s": gpu_speed,
+                    "cores a GPU": gpu_speed * result["median"] / images,
+                }
+
+
+def seconds_of_all_processes() -> float:
+    """Seconds that this process and those that it started, and that still run, have computed."""
+    seconds = time.process_time()
+    for process in multiprocessing.active_children():
+        nanoseconds = Path(f"/proc/{process.pid}/schedstat").read_text().split()[0]
+        seconds += int(nanoseconds) / 1e9
+    return seconds
+
+
+def of_one(result: dict[str, float], images: int) -> dict[str, float]:
+    """Times of one image, from those of many. (Memory is not divided.)"""
+    times = {name: result[name] / images for name in ("median", "low", "high")}
+    return {**result, **times}
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Holds this process, and those that it starts, to one core, where the system can do that."""
+    if not hasattr(os, "sched_setaffinity"):
+        say("this system can't hold processes to one core: figures are of all cores", sys.stderr)
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more than cores
+            yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def sources_of(args: argparse.Namespace, folder: Path) -> dict[str, list[Path]]:
+    """The pictures to read, by what they are called: those of --data, or JPEGs made in a folder."""
+    if args.pictures:
+        return {args.pictures: find_pictures(Path(args.pictures)).pictures}
+    sources = {}
+    rng = np.random.default_rng(0)
+    for height, width in args.source_sizes:
+        say(f"making pictures of {height}x{width} pixels", sys.stderr)
+        paths = []
+        for number in range(NUM_MADE):
+            pixels = like_a_photograph(height, width, rng)
+            picture = Image.fromarray(pixels.swapaxes(0, 1) if number == 0 else pixels)
+            paths.append(folder / f"{height}x{width}-{number}.jpg")
+            picture.save(paths[-1], quality=JPEG_QUALITY)
+        sources[f"{height}x{width}"] = paths
+    return sources
+
+
+def like_a_photograph(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Noise whose spectrum falls as that of photographs, so that JPEG has as much to do. A file of
+    500 x 375 pixels has some 100 kB, about as those of ImageNet. -> height width 3, uint8"""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf  # no mean
+    planes = []
+    for _ in range(4):
+        spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency**1.2
+        plane = np.fft.irfft2(spectrum, (height, width))
+        planes.append(plane / plane.std())
+    brightness, *colours = planes
+    pixels = 127 + 50 * (brightness[..., None] + 0.25 * np.stack(colours, axis=2))
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def loader_cases(
+    paths: list[Path], config: TrainConfig, workers: list[int]
+) -> dict[int, LoaderCase]:
+    """What is measured of one source, by number of workers."""
+    sizes = []
+    for path in paths[:100]:
+        with Image.open(path) as picture:
+            sizes.append(picture.width * picture.height)
+    megapixels = sum(sizes) / len(sizes) / 1e6
+    batch = min(config.batch_size, max(1, round(MEGAPIXELS / BATCHES / megapixels)))
+    side = 2 * config.image_size  # as open_data has it
+    return {n: LoaderCase(paths, side, batch, n, megapixels) for n in workers}
 
 
 # ---- The report of a GPU: python bench.py gpu ----------------------------------------------------
@@ -2210,6 +2375,56 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(memory=sys.platform == "linux")
 
 
+def add_views_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the suite views."""
+    add_source_size(parser)
+    parser.set_defaults(threads=1)  # Pillow has no more
+
+
+def add_loader_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the suite loader."""
+    parser.add_argument(
+        "--source-sizes",
+        type=size_of_text,
+        nargs="+",
+        metavar="HEIGHTxWIDTH",
+        default=[(375, 500), (768, 1024), (3000, 4000)],
+        help="pixels of the JPEGs that are made and read (default: 375x500 768x1024 3000x4000)",
+    )
+    parser.add_argument(
+        "--data",
+        dest="pictures",
+        metavar="FOLDER",
+        help="read the pictures of this folder, in place of made ones",
+    )
+    parser.add_argument(
+        "--num-workers",
+        dest="workers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        default=[0, 1, 2],
+        help="how many processes decode, all on the same core (default: 0 1 2)",
+    )
+    parser.add_argument(
+        "--gpu-images-per-second",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="what a GPU takes: images/s of bench.py train or of bench.py gpu there (default: 40 "
+        "%% of an H100's peak, by arithmetic)",
+    )
+    parser.set_defaults(threads=1)
+
+
+def size_of_text(text: str) -> tuple[int, int]:
+    """Height and width in pixels, of a text such as 375x500."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is no size such as 375x500")
+    return int(found[1]), int(found[2])
+
+
 def add_source_size(parser: argparse.ArgumentParser) -> None:
     """The flag of all suites that start from pictures."""
     parser.add_argument(
@@ -2278,6 +2493,17 @@ VIEWS_SETTINGS = {
     "blur_sigma",
 }
 
+LOADER_SETTINGS = (MODEL_SETTINGS - {"device"}) | {  # they say how much a GPU has to compute
+    "batch_size",
+    "random_views",
+    "focal_views",
+    "focal_size",
+    "mask_ratio",
+    "head_hidden_size",
+    "output_dim",
+    "num_prototypes",
+}
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -2330,6 +2556,18 @@ SUITES = {
             "anchor_view": "Pillow's side makes independent views only; use bench.py train.",
         },
         changes={"threads": 1},  # Pillow has no more
+    ),
+    "loader": Suite(
+        loader_suite,
+        add_loader_flags,
+        LOADER_SETTINGS,
+        instead="it reads pictures and makes no views; use bench.py views or train.",
+        refused={
+            "device": "it reads pictures on the CPU; use bench.py train for a device.",
+            "source_size": "use --source-sizes.",
+        },
+        recipe="small-16",
+        changes={"batch_size": 64},
     ),
 }
 

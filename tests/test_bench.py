@@ -491,6 +491,76 @@ def test_pillow_makes_the_views_that_we_make(changes, limit):
         assert (our_view - pillow_view).abs().mean() < limit * grey_level
 
 
+# ---- Suite loader
+
+
+def run_loader(path: Path, *argv: str) -> list[dict]:
+    argv = ["loader", "--threads=1", "--repeats=2", "--json", str(path), *argv]
+    assert run_program(bench.main, argv) == 0
+    return json.loads(path.read_text())["rows"]
+
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what processes compute")
+
+
+@ON_LINUX
+def test_loader_reads_pictures_of_each_size_by_each_number_of_workers(tmp_path, capsys):
+    """The cores that a GPU needs are its images/s over those of a core."""
+    cores = os.sched_getaffinity(0)
+    rows = run_loader(
+        tmp_path / "a.json",
+        *("--source-sizes", "24x32", "48x64"),
+        *("--num-workers", "0", "1"),
+        *("--batch-size", "4", "--gpu-images-per-second", "1000"),
+    )
+    cases = [(row["source"], row["workers"]) for row in rows]
+    assert cases == [("24x32", 0), ("24x32", 1), ("48x64", 0), ("48x64", 1)]
+    for row in rows:
+        assert row["images/s"] == pytest.approx(1 / row["one image"]["median"])
+        assert row["cores a GPU"] == pytest.approx(1000 / row["images/s"])
+    assert os.sched_getaffinity(0) == cores
+    assert "DataLoader" not in capsys.readouterr().err
+
+
+@ON_LINUX
+def test_loader_takes_a_folder_of_pictures_and_by_default_the_arithmetic_of_a_gpu(tmp_path):
+    """40 % of an H100's peak, divided by the operations that an image takes."""
+    folder = make_pictures(tmp_path / "data")
+    rows = run_loader(
+        tmp_path / "a.json", "--data", str(folder), "--num-workers", "0", "--cpu-time"
+    )
+    assert [row["source"] for row in rows] == [str(folder)]
+    flops = bench.step_flops(make_config({"recipe": "small-16", "batch_size": 2})) / 2
+    assert rows[0]["GPU images/s"] == pytest.approx(0.4 * 989e12 / flops)
+
+
+@ON_LINUX
+def test_what_workers_compute_counts():
+    """The clock of loader goes on while a process that this one started computes."""
+    worker = torch.multiprocessing.get_context("fork").Process(target=compute_until_killed)
+    before = bench.seconds_of_all_processes()
+    own = time.process_time()
+    worker.start()
+    while bench.seconds_of_all_processes() - before < 0.4:
+        time.sleep(0.02)
+        assert worker.is_alive()
+    assert time.process_time() - own < 0.3
+    worker.kill()
+    worker.join()
+
+
+def compute_until_killed() -> None:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("text", ["10", "0x5", "axb", "5x"])
+def test_what_is_no_size_of_a_picture_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["loader", "--source-sizes", text])
+    assert "375x500" in capsys.readouterr().err
+
+
 # ---- Flags
 
 
@@ -526,8 +596,9 @@ def test_a_flag_without_effect_is_refused_in_one_line_that_says_what_to_use(
 def test_a_suite_takes_each_setting_of_train_msn_or_names_what_to_use_instead(name):
     """No flag of train_msn.py is unknown to a suite: what it does not take, it refuses in words."""
     parser = bench.make_parser()
-    replaced = {"precision", "batch_size"} if name == "inference" else set()
-    for setting in bench.ALL_SETTINGS - bench.SUITES[name].settings - replaced:
+    replaced = {"inference": {"precision", "batch_size"}, "loader": {"data", "num_workers"}}
+    refused = bench.ALL_SETTINGS - bench.SUITES[name].settings - replaced.get(name, set())
+    for setting in refused:
         flag = "--" + setting.replace("_", "-")
         with pytest.raises(UsageError, match=f"bench.py {name} does not take {flag}: .*use .*\\."):
             parser.parse_args([name, flag, "1"])
@@ -543,7 +614,7 @@ class RecordedConfig(TrainConfig):
         return super().__getattribute__(name)
 
 
-@pytest.mark.parametrize("name", ["inference", "train", "views"])
+@pytest.mark.parametrize("name", ["inference", "train", "views", "loader"])
 def test_every_setting_that_a_suite_takes_is_looked_at(name):
     """No suite ignores a flag: what it takes is read between its start and its last record."""
     suite = bench.SUITES[name]
@@ -554,6 +625,11 @@ def test_every_setting_that_a_suite_takes_is_looked_at(name):
     args.precisions = ["float32"]
     args.compiler = "inductor"
     args.batch_sizes = [1]
+    args.pictures = None
+    args.source_sizes = [(24, 32)]
+    args.workers = [0]
+    args.cpu_time = False
+    args.gpu_images_per_second = 0.0
 
     RecordedConfig.read.clear()
     list(suite.run(config, args, setup))
