@@ -34,6 +34,7 @@ import threading
 import time
 import unicodedata
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
@@ -1420,7 +1421,7 @@ class ImageFiles(Dataset):
             sizes.append(image.shape[:2])
             used.append(j)
 
-        memory.in_use.fill_(1)
+        self.memory.lend(memory)
         pixels = memory.pixels[:end]
         return Batch(pixels, torch.tensor(sizes), used, unreadable, memory.in_use)
 
@@ -1443,21 +1444,27 @@ class BatchMemory:
 
     def __init__(self):
         self.size = 0  # bytes of pixels, enough for the largest batch so far
-        self.kept: list[Memory] = []
+        self.kept: deque[Memory] = deque(maxlen=MOST_KEPT)  # threads may share it
 
     def take(self) -> Memory:
-        """A piece that is not in use."""
-        self.kept = [piece for piece in self.kept if len(piece.pixels) >= self.size]
-        for piece in self.kept:
-            if piece.in_use == 0:
-                return piece
+        """A piece that is not in use, for this thread alone until it is lent."""
+        for _ in range(len(self.kept)):
+            with suppress(IndexError):  # another thread has it now
+                piece = self.kept.popleft()
+                if piece.in_use:
+                    self.kept.append(piece)
+                elif len(piece.pixels) >= self.size:
+                    return piece
 
         memory = torch.empty(HEADER + self.size, dtype=torch.uint8)
         if get_worker_info() is not None:
             memory.share_memory_()
-        piece = Memory(memory[HEADER:], memory[:1].zero_())
-        self.kept = [*self.kept, piece][-MOST_KEPT:]
-        return piece
+        return Memory(memory[HEADER:], memory[:1])
+
+    def lend(self, piece: Memory) -> None:
+        """Let a batch have a piece, until it is given back."""
+        piece.in_use.fill_(1)
+        self.kept.append(piece)
 
     def larger(self, piece: Memory, size: int) -> Memory:
         """Another piece with the content of this one, larger by half or of that many bytes."""

@@ -12,6 +12,7 @@ import os
 import pickle
 import tarfile
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +281,20 @@ def test_memory_of_a_batch_is_used_again_once_it_is_given_back_and_not_before(tm
     others = [files.__getitems__([i, i + 1]) for i in range(2, 22)]
     for batch in (second, third, *others):
         assert_greys(batch)
+
+
+def test_threads_that_read_at_once_do_not_share_memory(tmp_path):
+    """One thread reads the next batch while another one evaluates."""
+    files = grey_files(tmp_path)
+
+    def read(first: int) -> None:
+        for i in range(100):
+            batch = files.__getitems__([(first + i) % 24, (first + 3 * i) % 24])
+            assert_greys(batch)
+            batch.give_back()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(read, range(4)))  # raises what they raise
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
