@@ -2554,6 +2554,7 @@ SUITES = {
         refused={
             "attn": NO_MODEL,
             "anchor_view": "Pillow's side makes independent views only; use bench.py train.",
+            "focal_mask": "Pillow's side makes small crops; use bench.py train.",
         },
         changes={"threads": 1},  # Pillow has no more
     ),
@@ -2657,7 +2658,7 @@ def training_config(args: argparse.Namespace, device: torch.device) -> TrainConf
         settings["batch_size"] = PRESET_BATCH
     config = make_config({**settings, **suite.changes, **given, "device": str(device)})
 
-    for name in ("focal_size", "focal_scale"):
+    for name in ("focal_size", "focal_scale", "focal_mask"):
         if name in given and config.focal_views == 0:
             flag = "--" + name.replace("_", "-")
             raise UsageError(

@@ -58,7 +58,7 @@ from vitmsn import PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNM
 from vitmsn import deep_values, first_frame, open_picture, orientation_of, turn_upright
 from vitmsn import from_original, read_tensors, to_original, write_file
 from vitmsn import AllReduce, autocast, log_assign, num_patches_to_keep, one_process
-from vitmsn import sample_patches_to_keep, sharpen, sinkhorn
+from vitmsn import sample_block_to_keep, sample_patches_to_keep, sharpen, sinkhorn
 
 # ---- Settings: one frozen dataclass, from which the command line is derived ----------------------
 PRECISIONS = ("auto", "float32", "bfloat16", "float64")
@@ -114,9 +114,12 @@ class TrainConfig:
     random_views: int = opt(1, "anchor views that are randomly masked, per image", range=(0, 100))
     focal_views: int = opt(10, "anchor views that are small crops, per image", range=(0, 100))
     focal_size: int = opt(96, "pixels, of focal views", range=(1, 4096))
+    focal_mask: bool = opt(
+        False, "focal views are large views with all but a block of focal_size pixels dropped"
+    )
     mask_ratio: float = opt(0.15, "share of patches dropped from random views", range=(0, 0.999))
     crop_scale: tuple = opt((0.3, 1.0), "share of the area, of large views", range=(1e-6, 1))
-    focal_scale: tuple = opt((0.05, 0.3), "share of the area, of focal views", range=(1e-6, 1))
+    focal_scale: tuple = opt((0.05, 0.3), "share of the area, of small crops", range=(1e-6, 1))
     flip: float = opt(0.5, "probability of a horizontal flip", range=(0, 1))
     color_jitter: float = opt(0.5, "strength of the colour jitter, 1 is SimCLR's", range=(0, 1.25))
     jitter: float = opt(0.8, "probability of colour jitter", range=(0, 1))
@@ -298,39 +301,55 @@ def make_views(batch: Batch, config: TrainConfig, step: int, my_images: slice) -
 
     Each view has a crop and colours of its own: an anchor view is not the target view with patches
     missing (that is anchor_view="target", table 9). Large views are the target view and the random
-    views, which lose patches; focal views are small crops, which lose none.
+    views, which lose patches; focal views are small crops, which lose none. (With focal_mask, focal
+    views are large views, too, of which one block of patches stays.)
 
     A function of images, seed and step: numbers are drawn for the global batch, of which `batch`
     holds the part `my_images`, so that the number of processes changes nothing.
     """
-    num_large = 1 + config.random_views
+    num_views = 1 + config.random_views + config.focal_views
+    num_small = 0 if config.focal_mask else config.focal_views
+    num_large = num_views - num_small
     generator = generator_for(config.seed, VIEWS, step)
-    draws = draw_views(config.batch_size, num_large + config.focal_views, generator)
+    draws = draw_views(config.batch_size, num_views, generator)
     copy_target_draws(draws, config)
     draws = {name: numbers[:, my_images] for name, numbers in draws.items()}
 
-    # The target view and the random views: large crops of one size.
+    # The target view and the random views, and focal views to be masked: large crops of one size.
     large_draws = {name: numbers[:num_large] for name, numbers in draws.items()}
     large = views_of_one_size(batch, large_draws, config, config.image_size, config.crop_scale)
     target_view, *anchor_views = large
 
     # The focal views: small crops.
     # Departure: the paper speaks of a focal mask, which keeps one block of a large view's patches.
-    # As in the official code, a focal view is a small crop instead, and no mask is laid on it.
-    if config.focal_views:
+    # As in the official code, a focal view is a small crop instead, and no mask is laid on it,
+    # unless focal_mask asks for that.
+    if num_small:
         focal_draws = {name: numbers[num_large:] for name, numbers in draws.items()}
         focal = views_of_one_size(batch, focal_draws, config, config.focal_size, config.focal_scale)
         anchor_views.extend(focal)
 
-    # The masks: which patches of the random views the anchor encoder sees.
-    generator = generator_for(config.seed, MASKS, step)
-    num_patches = (config.image_size // config.patch_size) ** 2
-    patches_to_keep: list[Tensor | None] = []
-    for _ in range(config.random_views):
-        drawn = sample_patches_to_keep(config.batch_size, num_patches, config.mask_ratio, generator)
-        patches_to_keep.append(send(drawn[my_images], batch.pixels.device))
-    patches_to_keep.extend([None] * config.focal_views)
+    masks = draw_masks(config, step)
+    patches_to_keep: list[Tensor | None] = [None] * len(anchor_views)
+    for i, mask in enumerate(masks):
+        patches_to_keep[i] = send(mask[my_images], batch.pixels.device)
     return Views(target_view, anchor_views, patches_to_keep)
+
+
+def draw_masks(config: TrainConfig, step: int) -> list[Tensor]:
+    """Which patches the anchor encoder sees of the global batch's random views and, with
+    focal_mask, of its focal views. -> for each view b r, on the CPU."""
+    generator = generator_for(config.seed, MASKS, step)
+    grid = config.image_size // config.patch_size
+    masks = []
+    for _ in range(config.random_views):
+        mask = sample_patches_to_keep(config.batch_size, grid**2, config.mask_ratio, generator)
+        masks.append(mask)
+    if config.focal_mask:
+        block = config.focal_size // config.patch_size
+        for _ in range(config.focal_views):
+            masks.append(sample_block_to_keep(config.batch_size, grid, block, generator))
+    return masks
 
 
 def views_of_one_size(
@@ -3764,8 +3783,8 @@ def save_views(path: Path, views: Views, config: TrainConfig) -> None:
     """A sheet of what the encoders see: for a few images the target view and the anchor views, with
     their masks."""
     header = ["target view"]
-    for keep in views.patches_to_keep:
-        header.append("focal view" if keep is None else "random view")
+    header += ["random view"] * config.random_views
+    header += ["focal view"] * config.focal_views
 
     strips = []
     for b in range(min(4, len(views.target_view))):
@@ -4089,6 +4108,11 @@ def check_settings(config: TrainConfig) -> None:
                 f"a view of {size} pixels is no whole number of patches of {config.patch_size}; "
                 f"{sizes_that_go(sizes, config.patch_size)}."
             )
+    if config.focal_mask and config.focal_size > config.image_size:
+        raise UsageError(
+            f"focal_mask keeps a block of focal_size={config.focal_size} pixels of a view of "
+            f"image_size={config.image_size}, which is smaller; lower focal_size."
+        )
     try:
         config.model_config()  # checks the rules for pictures too
         num_patches_to_keep((config.image_size // config.patch_size) ** 2, config.mask_ratio)

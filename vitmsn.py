@@ -171,9 +171,7 @@ def sample_patches_to_keep(
     """The random mask, as the indices of the patches to keep. -> b r, ascending in each image.
 
     Every subset of r patches is equally likely, and `generator` alone decides.
-    They ascend so that positions stay in reading order; attention itself does not mind. (The
-    paper's other mask, the focal mask, keeps one block of patches. As in the official code,
-    train_msn.py makes a small crop instead, the focal view, and no mask is laid on it.)
+    They ascend so that positions stay in reading order; attention itself does not mind.
     """
     r = num_patches_to_keep(num_patches, mask_ratio)
 
@@ -182,6 +180,30 @@ def sample_patches_to_keep(
     noise = torch.rand(batch, num_patches, generator=generator, device=generator.device)
     patches_to_keep = noise.argsort(dim=1)[:, :r]
     return patches_to_keep.sort(dim=1).values
+
+
+def sample_block_to_keep(batch: int, grid: int, size: int, generator: torch.Generator) -> Tensor:
+    """The focal mask, as the indices of the patches to keep: a square block of size x size patches
+    out of grid x grid. -> b r with r = size * size, ascending in each image.
+
+    Every place of the block is equally likely, and `generator` alone decides. Raises ValueError if
+    the block has no patch or does not fit. (Official focal views are small crops instead, and so
+    are those of train_msn.py, without the setting focal_mask.)
+    """
+    if not 1 <= size <= grid:
+        raise ValueError(
+            f"a block of {size} x {size} patches does not fit into {grid} x {grid}; "
+            f"use a size from 1 to {grid}."
+        )
+    num_places = grid - size + 1  # along each side
+    device = generator.device
+    corner = torch.randint(num_places, (batch, 2), generator=generator, device=device)
+    offsets = torch.arange(size, device=device)
+
+    rows = corner[:, :1] + offsets  # b size
+    columns = corner[:, 1:] + offsets
+    patches_to_keep = grid * rows[:, :, None] + columns[:, None, :]  # b size size
+    return patches_to_keep.flatten(1)
 
 
 def take_patches(x: Tensor, patches_to_keep: Tensor | None) -> Tensor:

@@ -293,6 +293,7 @@ def test_forward_flops_are_those_torch_counts(model_class):
         {},
         {"random_views": 2, "focal_views": 3, "mask_ratio": 0.5},
         {"focal_views": 0},
+        {"focal_views": 2, "focal_mask": True},
         {"random_views": 0, "head_hidden_size": 40, "output_dim": 24, "num_prototypes": 7},
     ],
 )

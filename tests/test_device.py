@@ -389,9 +389,11 @@ def views_on(device, batch: Batch, config: train_msn.TrainConfig) -> train_msn.V
 
 
 @pytest.mark.parametrize("anchor_view", ["own", "recolored", "target"])
-def test_views_of_small_pictures_on_the_device_equal_the_cpu(device, anchor_view):
+@pytest.mark.parametrize("focal_mask", [False, True])
+def test_views_of_small_pictures_on_the_device_equal_the_cpu(device, anchor_view, focal_mask):
     """With every augmentation; the masks with them."""
-    config = make_config(anchor_view=anchor_view, random_views=2, mask_ratio=0.3)
+    changes = {"anchor_view": anchor_view, "focal_mask": focal_mask}
+    config = make_config(random_views=2, mask_ratio=0.3, **changes)
     assert_same_on_the_device(views_on, device, batch=pictures_of(33, 40), config=config)
 
 

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from vitmsn import num_patches_to_keep, patchify, sample_patches_to_keep, take_patches
+from vitmsn import (
+    num_patches_to_keep,
+    patchify,
+    sample_block_to_keep,
+    sample_patches_to_keep,
+    take_patches,
+)
 
 sides = st.integers(1, 9)
 seeds = st.integers(0, 2**31)
@@ -139,6 +145,66 @@ def test_every_subset_of_patches_is_equally_likely():
     expected = draws / 15
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert chi_square < 36.1  # 14 degrees of freedom: 1 in 1000
+
+
+# -- the focal mask: a block -----------------------------------------------------------------------
+
+blocks = st.tuples(sides, sides).map(sorted)  # size of the block, of the grid
+
+
+@given(batch=st.integers(1, 5), block=blocks, seed=seeds)
+def test_a_block_is_a_square_of_patches_in_ascending_order(batch, block, seed):
+    """Each image keeps `size` whole neighbouring columns of `size` neighbouring rows."""
+    size, grid = block
+    patches_to_keep = sample_block_to_keep(batch, grid, size, seeded(seed))
+    assert patches_to_keep.shape == (batch, size * size)
+    assert patches_to_keep.dtype == torch.long
+    for kept in patches_to_keep.tolist():
+        top, left = divmod(kept[0], grid)
+        expected = []
+        for row in range(top, top + size):
+            for column in range(left, left + size):
+                expected.append(row * grid + column)
+        assert kept == expected
+        assert top + size <= grid
+        assert left + size <= grid
+
+
+@given(side=sides, seed=seeds)
+def test_a_block_as_large_as_the_grid_is_the_identity(side, seed):
+    """Every patch stays then, in its order."""
+    patches_to_keep = sample_block_to_keep(2, side, side, seeded(seed))
+    assert patches_to_keep.equal(torch.arange(side * side).expand(2, -1))
+
+
+@given(block=blocks, seed=seeds)
+def test_the_generator_alone_decides_on_blocks(block, seed):
+    """The same generator gives the same blocks; torch's global one is not touched."""
+    size, grid = block
+    before = torch.get_rng_state()
+    patches_to_keep = sample_block_to_keep(4, grid, size, seeded(seed))
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(seed)
+    assert sample_block_to_keep(4, grid, size, seeded(seed)).equal(patches_to_keep)
+
+
+def test_every_place_of_a_block_is_equally_likely():
+    """A chi-square test does not tell the places of blocks from uniform ones; each image has one of
+    its own."""
+    draws = 16_000
+    patches_to_keep = sample_block_to_keep(draws, 6, 3, seeded(0))  # 4 x 4 places
+    _, counts = patches_to_keep.unique(dim=0, return_counts=True)
+    assert len(counts) == 16
+    expected = draws / 16
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 37.7  # 15 degrees of freedom: 1 in 1000
+
+
+@pytest.mark.parametrize("size", [-1, 0, 5])
+def test_a_block_that_does_not_fit_is_refused(size):
+    """A block has at least one patch and at most all of them."""
+    with pytest.raises(ValueError, match="use a size from 1 to 4"):
+        sample_block_to_keep(2, 4, size, seeded(0))
 
 
 @given(seed=seeds)

@@ -348,21 +348,24 @@ def part_of(batch: Batch, my_images: slice) -> Batch:
     return pack(batch.images[my_images], batch.indices[my_images])
 
 
+@pytest.mark.parametrize("focal_mask", [False, True])
 @pytest.mark.parametrize("count", [2, 3, 6])
-def test_views_and_masks_are_the_same_however_the_batch_is_shared(count):
+def test_views_and_masks_are_the_same_however_the_batch_is_shared(count, focal_mask):
     """The views of all processes together are those of one process with the whole batch."""
+    config = replace(CONFIG, focal_mask=focal_mask)
     parts = [Processes(rank, count, CPU).share_of(12) for rank in range(count)]
-    views = make_views(BATCH, CONFIG, 5, ALL)
-    shared = [make_views(part_of(BATCH, part), CONFIG, 5, part) for part in parts]
+    views = make_views(BATCH, config, 5, ALL)
+    shared = [make_views(part_of(BATCH, part), config, 5, part) for part in parts]
 
     limit = {"rtol": 0, "atol": 1e-5}  # in deviations of 1
     assert_close(torch.cat([part.target_view for part in shared]), views.target_view, **limit)
     for v, whole in enumerate(views.anchor_views):
         assert_close(torch.cat([part.anchor_views[v] for part in shared]), whole, **limit)
-    for v in range(2):
+    for v in range(4 if focal_mask else 2):
         joined = torch.cat([part.patches_to_keep[v] for part in shared])
         assert joined.equal(views.patches_to_keep[v])
-    assert views.patches_to_keep[2:] == [None, None]
+    if not focal_mask:
+        assert views.patches_to_keep[2:] == [None, None]
 
 
 def tensors_of(config, step: int) -> list[torch.Tensor]:
@@ -408,6 +411,46 @@ def test_random_views_can_be_the_target_view_or_that_in_other_colours(changes, a
         assert random_view.equal(views.target_view) == alike
     first_focal, second_focal = views.anchor_views[2:]
     assert not first_focal.equal(second_focal)
+
+
+def test_with_a_focal_mask_focal_views_are_large_views_of_which_a_block_stays():
+    """The block is as large as the small crop was, in patches, and has a place of its own in each
+    view and image. Target view, random views and their masks are as without."""
+    plain = make_views(BATCH, CONFIG, 5, ALL)
+    views = make_views(BATCH, replace(CONFIG, focal_mask=True), 5, ALL)
+    assert_close(views.target_view, plain.target_view, rtol=0, atol=1e-5)
+    for v in range(2):
+        assert_close(views.anchor_views[v], plain.anchor_views[v], rtol=0, atol=1e-5)
+        assert views.patches_to_keep[v].equal(plain.patches_to_keep[v])
+
+    for view, kept in zip(views.anchor_views[2:], views.patches_to_keep[2:], strict=True):
+        assert view.shape == (12, 3, 32, 32)
+        assert kept.shape == (12, 16)  # 4 x 4 of 8 x 8
+        corner = kept[:, :1]
+        block = torch.arange(4)[:, None] * 8 + torch.arange(4)
+        assert (kept - corner).equal(block.flatten().expand(12, -1))
+        assert len(corner.unique()) > 3
+    assert not views.patches_to_keep[2].equal(views.patches_to_keep[3])
+
+
+def test_the_sheet_of_views_shows_what_a_focal_mask_drops(monkeypatch):
+    """Its column is named focal view, and all of it is pale orange but the block."""
+    config = replace(CONFIG, focal_mask=True)
+    sheets = {}
+    monkeypatch.setattr(train_msn, "save_sheet", lambda *given, **more: sheets.update(given=given))
+    train_msn.save_views(Path("views.png"), make_views(BATCH, config, 5, ALL), config)
+    _, strips, header = sheets["given"]
+    assert header == ["target view", *["random view"] * 2, *["focal view"] * 2]
+    for strip in strips:
+        for tile in strip.tiles[3:]:
+            dropped = (tile.picture == train_msn.DROPPED).all(axis=-1)
+            assert dropped.sum() == 32 * 32 - 16 * 16
+
+
+def test_a_block_larger_than_the_view_is_refused():
+    """The error names both settings."""
+    with pytest.raises(train_msn.UsageError, match=r"focal_size=32.*image_size=16"):
+        make_config({"image_size": 16, "focal_size": 32, "focal_mask": True})
 
 
 # -- schedules -------------------------------------------------------------------------------------
