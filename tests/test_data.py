@@ -528,6 +528,7 @@ def test_no_archive_writes_outside_of_its_folder(name, tmp_path, monkeypatch):
         (http.client.IncompleteRead(b"12", 34), "IncompleteRead"),
         (ConnectionResetError("reset by peer"), "reset by peer"),
     ],
+    ids=["another archive", "a page", "nothing", "half of it", "no connection"],
 )
 def test_a_download_that_is_not_the_published_file_is_not_unpacked(
     content, says, tmp_path, monkeypatch, capsys
