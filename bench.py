@@ -2732,22 +2732,25 @@ class Table:
 
     def __init__(self):
         self.titles: list[str] = []
+        self.widths: list[int] = []
 
     def add(self, record: dict) -> None:
         titles = [column_title(name, value) for name, value in record.items()]
+        cells = [cell_text(value) for value in record.values()]
         if titles != self.titles:
             if self.titles:
                 say("")
             self.titles = titles
+            self.widths = [max(map(len, pair)) for pair in zip(titles, cells, strict=True)]
             self.print_line(titles)
-            self.print_line(["-" * len(title) for title in titles])
-        self.print_line([cell_text(value) for value in record.values()])
+            self.print_line(["-" * width for width in self.widths])
+        self.print_line(cells)
 
     def print_line(self, cells: list[str]) -> None:
-        """The columns stand below one another, unless a cell is wider than its title."""
+        """The columns stand below one another, unless a cell is wider than title and first cell."""
         padded = []
-        for cell, title in zip(cells, self.titles, strict=True):
-            padded.append(cell.ljust(len(title)))
+        for cell, width in zip(cells, self.widths, strict=True):
+            padded.append(cell.ljust(width))
         say("| " + " | ".join(padded) + " |")
 
 
