@@ -26,7 +26,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -104,6 +104,7 @@ from vitmsn import ViTMSNForImageClassification as Classifier
 # The methods that the table compares.
 TRAINED = ("finetune", "scratch")  # these train encoder and head; the others use frozen features
 KNN = {
+    "knn1": {"k": 1, "temperature": 0.07},  # the only one that fits a single label per class
     "knn20": {"k": 20, "temperature": 0.07},  # as pretraining's own k-NN
     "knn200": {"k": 200, "temperature": 0.1},  # as Lightly's benchmarks
 }
@@ -115,9 +116,26 @@ PROBE_TOLERANCE = 1e-8  # norm of the gradient at which the probe of a cell has 
 HEAD_L2 = 0.1
 HEAD_TOLERANCE = 1e-6
 
-SCRATCH_RATES = (3e-4, 1e-3, 3e-3)  # learning rates from scratch, of which tuning chooses one
-DEFAULT_SCRATCH_RATE = 1e-3  # where there are too few images to tune on
+
+class Choice(NamedTuple):
+    """A setting that is chosen on training images which no draw uses, if it is not given."""
+
+    methods: tuple[str, ...]  # that use it
+    default: float  # where there are too few of these images
+    candidates: tuple[float, ...]
+    folds: int  # more of them are less noisy, and take longer
+
+
+CHOICES = {
+    "l2": Choice(
+        ("probe", "untrained", "pixels"), 0.0025, (2.5e-5, 2.5e-4, 0.0025, 0.025), folds=5
+    ),
+    "lr": Choice(("finetune",), 5e-4, (5e-4, 1e-3, 2e-3), folds=1),
+    "scratch_lr": Choice(("scratch",), 1e-3, (3e-4, 1e-3, 3e-3), folds=1),
+}
+PUBLISHED_WIDTH = 384  # of the smallest published encoder; from it on l2 and lr are the defaults
 TUNING_IMAGES = 25  # of each class, at most
+TUNING_FOLDS = 5
 TUNING_SEED = 2**31  # one more than --seeds can be
 CLIP_NORM = 3.0  # of the gradient of all parameters together, as in pretraining
 
@@ -149,7 +167,8 @@ class FinetuneConfig:
         "", "where results go; by default finetune/, classifier/ or attention/ in the run"
     )
     methods: str = opt(
-        "probe,finetune,scratch,untrained,pixels,knn20", "rows of the table; there is knn200 too"
+        "probe,finetune,scratch,untrained,pixels,knn1,knn20",
+        "rows of the table; there is knn200 too",
     )
 
     # Which training images have labels, and how many validation images are predicted
@@ -180,7 +199,12 @@ class FinetuneConfig:
     )
 
     # Features and pictures
-    l2: float = opt(0.0025, "lambda of the probe; the official code's", range=(1e-9, 1e9))
+    l2: float = opt(
+        0.0,
+        "lambda of the probe; 0: the official code's 0.0025, or below width 384 tuned on a part "
+        "of train that no draw uses",
+        range=(0, 1e9),
+    )
     pixel_size: int = opt(16, "largest side of the raw-pixel baseline", range=(1, 4096))
     image_size: int = opt(
         0,
@@ -196,9 +220,14 @@ class FinetuneConfig:
         0.0, "passes over the labelled images, where that is longer (train: 10)", range=(0, 10**6)
     )
     batch_size: int = opt(32, "images per update, at most as many as have labels", range=(2, 10**6))
-    lr: float = opt(5e-4, "highest learning rate of fine-tuning, at the head", range=(0, 100))
+    lr: float = opt(
+        0.0,
+        "highest learning rate of fine-tuning, at the head; 0: 5e-4, or below width 384 tuned in "
+        "the same way",
+        range=(0, 100),
+    )
     scratch_lr: float = opt(
-        0.0, "from scratch; 0: tuned on a part of train that no draw uses", range=(0, 100)
+        0.0, "learning rate from scratch; 0: tuned in the same way", range=(0, 100)
     )
     layer_decay: float = opt(
         0.65, "factor of the learning rate from each layer to the one below", range=(1e-6, 1)
@@ -533,7 +562,7 @@ def images_per_class(config: FinetuneConfig, data: Images) -> dict[str, int | li
 def draw_columns(
     config: FinetuneConfig, data: Images, unreadable: set[str]
 ) -> tuple[Columns, list[int]]:
-    """Draw the labelled images of the whole table, and those on which `scratch` tunes its rate.
+    """Draw the labelled images of the whole table, and those on which settings are chosen.
 
     -> the columns; images to tune on, class by class, which are in no draw (only the column of all
     labels has them). A column for which a class has too few images is left out, with a line on
@@ -560,7 +589,7 @@ def draw_columns(
                 left_out[name] = error
 
     tuning = []
-    if "scratch" in config.listed("methods"):
+    if is_to_choose(config):
         for draw in all_draws(columns):
             labels[draw] = -1
         tuning = draw_tuning_images(data, labels, unreadable)
@@ -573,6 +602,24 @@ def draw_columns(
     for name, error in left_out.items():
         say(f"column {name} is left out: {error}", sys.stderr)
     return columns, tuning
+
+
+def is_to_choose(config: FinetuneConfig) -> bool:
+    """Whether a method of the table has a setting that is to be chosen on training images."""
+    methods = set(config.listed("methods"))
+    for setting, choice in CHOICES.items():
+        if getattr(config, setting) == 0 and methods.intersection(choice.methods):
+            return True
+    return False
+
+
+def with_published_settings(config: FinetuneConfig, width: int) -> FinetuneConfig:
+    """The settings for an encoder of this width: those of a published one are not to be chosen."""
+    if width < PUBLISHED_WIDTH:
+        return config
+    l2 = config.l2 or CHOICES["l2"].default
+    lr = config.lr or CHOICES["lr"].default
+    return replace(config, l2=l2, lr=lr)
 
 
 def count_draws(config: FinetuneConfig) -> int:
@@ -805,8 +852,8 @@ class Experiment:
     data: the images and the labels of the training images (val_labels is None)
     val: the validation images to predict
     columns: the labelled sets of the table
-    tuning: training images in no draw, class by class, to tune the learning rate from scratch
-    cache: the features that were computed so far
+    tuning: training images in no draw, class by class, to choose settings on
+    cache: the features that were computed and the settings that were chosen so far
     """
 
     config: FinetuneConfig
@@ -868,73 +915,94 @@ class Experiment:
         )
         return model
 
-    @cached_property
-    def scratch_lr(self) -> float:
-        """The learning rate of "scratch": as set, or the best of SCRATCH_RATES on tuning images.
-
-        Each rate trains on a fifth of the tuning images and is tested on the other four fifths:
-        training sets are as small as in the table, and the test is less noisy.
-        """
-        if self.config.scratch_lr:
-            return self.config.scratch_lr
-
-        fit, held_out = self.split_tuning_images()
-        if not held_out:
-            return DEFAULT_SCRATCH_RATE
-
-        truth = self.data.train_labels[held_out]
-        accuracy = {}
-        for lr in SCRATCH_RATES:
-            model = self.trained("scratch", fit, 0, lr)
-            predicted = classify(model, self.data.train, held_out).argmax(dim=-1)
-            accuracy[lr] = (predicted == truth).double().mean().item()
-
-        best = max(accuracy, key=accuracy.get)
-        say(
-            f"scratch: learning rate {best:g}, the best on {len(held_out)} training images that no "
-            "draw uses",
-            sys.stderr,
-        )
-        return best
-
-    def split_tuning_images(self) -> tuple[list[int], list[int]]:
-        """Every fifth tuning image of each class, to train on; and the others, to test on."""
-        per_class = max(1, len(self.tuning) // len(self.data.classes))
-        fit = []
-        held_out = []
-        for place, image in enumerate(self.tuning):
-            place_in_class = place % per_class
-            if place_in_class % 5 == 0:
-                fit.append(image)
-            else:
-                held_out.append(image)
-        return fit, held_out
-
-    def predict(self, method: str, indices: list[int], seed: int) -> Tensor:
-        """The class of each validation image, from the labels of the training images `indices`.
+    def predict(self, method: str, labelled: list[int], seed: int) -> Tensor:
+        """The class of each validation image, from the labels of the training images `labelled`.
 
         -> class numbers, as many as `val` has images.
         """
+        return self.predict_images(method, labelled, seed, "val", self.val)
+
+    def predict_images(
+        self, method: str, labelled: list[int], seed: int, part: str, wanted: list[int]
+    ) -> Tensor:
+        """The classes of the images `wanted` of a part of the data, "train" or "val"."""
         if method in TRAINED:
-            lr = self.scratch_lr if method == "scratch" else self.config.lr
-            model = self.trained(method, indices, seed, lr)
-            return classify(model, self.data.val, self.val).argmax(dim=-1)
+            lr = self.chosen("scratch_lr" if method == "scratch" else "lr", method)
+            model = self.trained(method, labelled, seed, lr)
+            images = self.data.train if part == "train" else self.data.val
+            return classify(model, images, wanted).argmax(dim=-1)
 
         kind = method if method in ("untrained", "pixels") else "pretrained"
-        features = self.features(kind, "train", indices)
-        val_features = self.features(kind, "val", self.val)
-        labels = self.data.train_labels[indices]
+        features = self.features(kind, "train", labelled)
+        wanted_features = self.features(kind, part, wanted)
+        labels = self.data.train_labels[labelled]
         if method in KNN:
-            return knn_predict(features, labels, val_features, **KNN[method])
+            return knn_predict(features, labels, wanted_features, **KNN[method])
 
         w = fit_logistic_probe(
             center_and_scale(features),
             labels,
             len(self.data.classes),
-            self.config.l2,
+            self.chosen("l2", method),
             PROBE_TOLERANCE,
         )
-        return (center_and_scale(val_features) @ w.T).argmax(dim=-1)
+        return (center_and_scale(wanted_features) @ w.T).argmax(dim=-1)
+
+    def chosen(self, setting: str, method: str) -> float:
+        """The value of a setting of CHOICES for a method: as given, or the best on training images
+        that no draw uses. It is looked for once."""
+        given = getattr(self.config, setting)
+        if given:
+            return given
+
+        key = (setting, method)
+        if key not in self.cache:
+            self.cache[key] = self.best_on_tuning_images(setting, method)
+        return self.cache[key]
+
+    def best_on_tuning_images(self, setting: str, method: str) -> float:
+        """The candidate with which most tuning images are predicted right.
+
+        In each fold a fifth of them has labels and the other four fifths are predicted: labelled
+        sets are as small as in the table, and the test is less noisy.
+        """
+        choice = CHOICES[setting]
+        right = dict.fromkeys(choice.candidates, 0)
+        tested: set[int] = set()
+        for fold in range(choice.folds):
+            labelled, held_out = self.split_tuning_images(fold)
+            if not labelled or not held_out:
+                continue
+            truth = self.data.train_labels[held_out]
+            tested.update(held_out)
+            for value in choice.candidates:
+                trial = replace(self, config=replace(self.config, **{setting: value}))
+                predicted = trial.predict_images(method, labelled, 0, "train", held_out)
+                right[value] += (predicted == truth).sum().item()
+
+        if not tested:
+            return choice.default
+        best = max(right, key=right.get)
+        flag = "--" + setting.replace("_", "-")
+        say(
+            f"{method}: {flag} {best:g}, the best on {len(tested)} training images that no draw "
+            "uses",
+            sys.stderr,
+        )
+        return best
+
+    def split_tuning_images(self, fold: int) -> tuple[list[int], list[int]]:
+        """Every fifth tuning image of each class, from number `fold` on; and the others."""
+        per_class = max(1, len(self.tuning) // len(self.data.classes))
+        labelled = []
+        held_out = []
+        for place, image in enumerate(self.tuning):
+            place_in_class = place % per_class
+            if place_in_class % TUNING_FOLDS == fold:
+                labelled.append(image)
+            else:
+                held_out.append(image)
+        return labelled, held_out
 
 
 CELL_COLUMNS = ("method", "column", "labels", "labels_per_class", "mean", "sd", "draws")
@@ -1233,6 +1301,7 @@ def open_experiment(config: FinetuneConfig) -> tuple[Experiment, Tensor, Path]:
 
     encoder = load_model(config)
     warn_of_slow_precision(config.precision, encoder.cls_token.device)
+    config = with_published_settings(config, encoder.config.hidden_size)
     data = open_labelled_data(source, saved, encoder, picture_rules(config, encoder))
     if data.picture_rules and data.picture_rules.changes():  # a classifier is saved with them
         encoder.config.extra["picture_rules"] = data.picture_rules.changes()
@@ -1300,7 +1369,7 @@ def train_and_save(config: FinetuneConfig) -> None:
 
     (draw,) = all_draws(experiment.columns)
     seed = config.listed("seeds")[0]
-    model = experiment.trained("finetune", draw, seed, config.lr, verbose=True)
+    model = experiment.trained("finetune", draw, seed, experiment.config.lr, verbose=True)
     model.save_pretrained(folder)
 
     truth = val_labels[experiment.val]
@@ -1557,6 +1626,7 @@ TRAIN_DEFAULTS = {
     "seeds": "0",
     "full": False,
     "methods": "finetune",
+    "lr": CHOICES["lr"].default,
     "epochs": 10.0,
 }
 # Departure: drop path 0.1, where the paper has 0.2.

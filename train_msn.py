@@ -3433,7 +3433,7 @@ def draw_names(canvas: Canvas, box: Box, panel: Panel) -> None:
         if name in panel.curves:
             canvas.line(box.left, y, box.left + 40, y, color, width=3)
         else:
-            canvas.dashes(box.left, box.left + 50, y, color)
+            canvas.dashes(box.left, box.left + 40, y, color)
         canvas.text(box.left + 52, y, name, color, SMALL_LETTERS, "lm")
         y += LINE_HEIGHT
 
@@ -3529,7 +3529,8 @@ def save_heat_maps(path: Path, maps: list[HeatMap], column_name: str, row_name: 
         canvas.text(x, GAP, heat_map.title)
         canvas.text(x, top - 4, row_name, GREY, SMALL_LETTERS, "ld")
         draw_map(canvas, x, top, heat_map.values)
-        canvas.text(x, top + MAP_SIDE + 4, column_name, GREY, SMALL_LETTERS)
+        size = fitting_size(column_name, MAP_SIDE, SMALL_LETTERS)
+        canvas.text(x, top + MAP_SIDE + 4, column_name, GREY, size)
         bars = Box(x, bars_top, x + MAP_SIDE, bars_top + BARS_HEIGHT)
         draw_bars(canvas, bars, heat_map.values.sum(axis=0), highest)
         for line, note in enumerate(heat_map.notes):
@@ -3953,13 +3954,13 @@ def save_curves(folder: Path, config: TrainConfig, baselines: dict[str, float]) 
 
 
 def smooth_curve(table: list[dict[str, str]], column: str) -> list[Point]:
-    """A table's column against the epoch: at most some 100 points, each a mean of as many lines."""
+    """A column against the epoch: at most some 100 points, each a mean of the lines up to it."""
     count = math.ceil(len(table) / MOST_POINTS)
     points = []
     for first in range(0, len(table), count):
         lines = table[first : first + count]
-        epoch = np.mean([float(line["epoch"]) for line in lines])
-        points.append(Point(float(epoch), float(np.mean([float(line[column]) for line in lines]))))
+        mean = np.mean([float(line[column]) for line in lines])
+        points.append(Point(float(lines[-1]["epoch"]), float(mean)))
     return points
 
 
@@ -4002,9 +4003,7 @@ def save_assignments(
             f"(dashed: an even share, {len(p) / p.shape[1]:.2f})",
         ]
         maps.append(HeatMap(title, p[rows][:, columns].cpu().numpy(), notes))
-    save_heat_maps(
-        path, maps, "columns: prototypes; below: how much of the batch each gets", "rows: images"
-    )
+    save_heat_maps(path, maps, "columns: prototypes; bars: images that each gets", "rows: images")
 
 
 def save_gradients(path: Path, model: ViTMSNForPreTraining, views: Views) -> None:

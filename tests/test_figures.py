@@ -25,6 +25,7 @@ RECORD = ("what", "machine", "torch", "python", "commit", "command", "seeds", "v
 
 MARK = re.compile(r"<!-- (\w[\w-]*\.json.*?) -->\n", re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?!\w)")
+NAME = re.compile(r"[A-Za-z]+-?\d+")  # knn20, base-16
 
 LINK = re.compile(r"\[`(\w+)`\]\((\w+\.py)(?:#L\d+)?\)")  # [`function`](file.py#L12)
 
@@ -99,10 +100,27 @@ def numbers_measured(source: str) -> list[float]:
     return numbers
 
 
+def names_shown(block: str) -> set[str]:
+    """Names with digits in a block, but for those in `code`."""
+    if not block.startswith("```"):
+        block = re.sub(r"`[^`]*`|\]\([^)]*\)", "", block)
+    return set(NAME.findall(block))
+
+
+def names_measured(source: str) -> set[str]:
+    """Names with digits in the records that a comment of the README names."""
+    found = set()
+    for file, _ in names_of(source):
+        found |= set(NAME.findall((RESULTS / file).read_text(encoding="utf-8")))
+    return found
+
+
 @pytest.mark.parametrize("shown", shown_figures(README), ids=lambda shown: shown.source)
 def test_figures_of_the_readme_are_those_of_the_results(shown):
-    """Each number of a block is the one that was measured: no digit more, less or different."""
+    """Each number of a block is the one that was measured: no digit more, less or different. Names
+    with digits, as of recipes, are names of the record."""
     assert numbers_shown(shown.block) == numbers_measured(shown.source)
+    assert names_shown(shown.block) <= names_measured(shown.source)
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in RESULTS.glob("*.json")))

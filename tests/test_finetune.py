@@ -315,7 +315,7 @@ def tiny_encoder(**changes) -> ViTMSNModel:
 
 def test_training_learns_repeats_itself_and_looks_at_labelled_images_only():
     """The trained weights are a function of the labelled images, their labels and the seed."""
-    config = FinetuneConfig(steps=30, lr=3e-3, batch_size=8, crop_scale=(0.3, 1.0))
+    config = FinetuneConfig(steps=30, batch_size=8, crop_scale=(0.3, 1.0))
     images, labels = colored_images(60, 0)
     labelled = list(range(12))
     poisoned_images = ImagesInMemory(images.images.clone())
@@ -326,7 +326,7 @@ def test_training_learns_repeats_itself_and_looks_at_labelled_images_only():
     models = []
     for data, given in ((images, labels), (images, labels), (poisoned_images, poisoned_labels)):
         model = finetune.build_classifier(tiny_encoder(patch_size=8), CLASSES, config, None)
-        train_classifier(model, data, given, labelled, config, config.lr, 0.8, seed=0)
+        train_classifier(model, data, given, labelled, config, 3e-3, 0.8, seed=0)
         models.append(model)
 
     first, *others = models
@@ -499,7 +499,7 @@ def test_the_table_has_every_method_and_column(world, capsys):
 def test_no_draw_uses_the_tuning_part_and_no_result_depends_on_validation(
     world, monkeypatch, tmp_path
 ):
-    """With other validation labels, every prediction and the tuned learning rate are the same."""
+    """With other validation labels, every prediction and all that is chosen are the same."""
     config = settings_on(
         world,
         labels_per_class="1,3",
@@ -519,7 +519,8 @@ def test_no_draw_uses_the_tuning_part_and_no_result_depends_on_validation(
 
     def record(experiment, *arguments):
         prediction = predict(experiment, *arguments)
-        made.append((prediction, experiment.scratch_lr))
+        chosen = {key: value for key, value in experiment.cache.items() if len(key) == 2}
+        made.append((prediction, chosen))
         return prediction
 
     monkeypatch.setattr(finetune.Experiment, "predict", record)
@@ -536,8 +537,15 @@ def test_no_draw_uses_the_tuning_part_and_no_result_depends_on_validation(
 
     honest, corrupted = results
     assert len(honest) == len(finetune.METHODS) * 2 * 2
-    for (prediction, rate), (other, other_rate) in zip(honest, corrupted, strict=True):
-        assert torch.equal(prediction, other) and rate == other_rate
+    for (prediction, chosen), (other, other_chosen) in zip(honest, corrupted, strict=True):
+        assert torch.equal(prediction, other) and chosen == other_chosen
+    assert chosen.keys() == {
+        ("l2", "probe"),
+        ("l2", "untrained"),
+        ("l2", "pixels"),
+        ("lr", "finetune"),
+        ("scratch_lr", "scratch"),
+    }
 
 
 def test_frozen_features_are_those_of_the_named_encoder(world):
@@ -560,6 +568,7 @@ def test_frozen_features_are_those_of_the_named_encoder(world):
     "method, kind",
     [
         ("probe", "pretrained"),
+        ("knn1", "pretrained"),
         ("knn20", "pretrained"),
         ("knn200", "pretrained"),
         ("untrained", "untrained"),
@@ -582,7 +591,7 @@ def test_a_method_on_frozen_features_sees_its_own_kind(method, kind, monkeypatch
 
 
 def test_the_published_settings_of_probe_and_nearest_neighbours(monkeypatch):
-    """The probe has lambda --l2; knn20 has 20 neighbours and T = 0.07, knn200 200 and T = 0.1."""
+    """The probe has lambda --l2; knn1 has one neighbour, knn20 and knn200 20 and 200."""
     experiment = unlabelled_experiment(torch.arange(6) % 3, FinetuneConfig(l2=0.5), {}, [])
     asked = []
 
@@ -596,10 +605,52 @@ def test_the_published_settings_of_probe_and_nearest_neighbours(monkeypatch):
     monkeypatch.setattr(finetune.Experiment, "features", lambda *arguments: torch.ones(6, 4))
     monkeypatch.setattr(finetune, "fit_logistic_probe", fit)
     monkeypatch.setattr(finetune, "knn_predict", vote)
-    for method in ("probe", "knn20", "knn200"):
+    for method in ("probe", "knn1", "knn20", "knn200"):
         experiment.predict(method, list(range(6)), 0)
-    assert asked == [(3, 0.5, 1e-8), (20, 0.07), (200, 0.1)]
-    assert FinetuneConfig().l2 == 0.0025
+    assert asked == [(3, 0.5, 1e-8), (1, 0.07), (20, 0.07), (200, 0.1)]
+
+
+def test_published_shapes_keep_the_published_lambda():
+    """From width 384 on lambda is 0.0025 unless one is given; only below it is one chosen."""
+    config = FinetuneConfig(methods="probe,untrained,pixels,finetune")
+    published = finetune.with_published_settings(config, 384)
+    assert (published.l2, published.lr) == (0.0025, 5e-4)
+    assert not finetune.is_to_choose(published)
+    given = finetune.with_published_settings(FinetuneConfig(l2=0.5, lr=0.01), 384)
+    assert (given.l2, given.lr) == (0.5, 0.01)
+    assert finetune.with_published_settings(config, 383) == config
+    assert finetune.is_to_choose(config)
+    assert not finetune.is_to_choose(replace(config, l2=0.5, lr=0.01))
+
+
+def test_the_lambda_that_predicts_most_tuning_images_is_taken(monkeypatch):
+    """All five folds count: each fifth is labelled once, and the others are predicted."""
+    labels = torch.arange(3).repeat_interleave(10)
+    experiment = unlabelled_experiment(labels, FinetuneConfig(), {}, list(range(30)))
+    labelled = []
+
+    def predict(self, method, indices, seed, part, wanted):
+        if self.config.l2 == 2.5e-4:
+            labelled.append(indices)
+        right = {2.5e-5: 0.5, 2.5e-4: 0.75, 0.0025: 0.7, 0.025: 0.1}[self.config.l2]
+        truth = labels[wanted].clone()
+        truth[round(right * len(wanted)) :] = -1
+        return truth
+
+    monkeypatch.setattr(finetune.Experiment, "predict_images", predict)
+    assert experiment.chosen("l2", "probe") == 2.5e-4
+    assert sorted(i for fold in labelled for i in fold) == list(range(30))
+    assert [labels[fold].tolist() for fold in labelled] == [[0, 0, 1, 1, 2, 2]] * 5
+    assert experiment.chosen("l2", "probe") == 2.5e-4 and len(labelled) == 5  # once for all
+
+
+def test_without_tuning_images_the_defaults_hold():
+    """One image of each class, or none, is too few to choose on."""
+    for tuning in ([], [0, 1, 2]):
+        experiment = unlabelled_experiment(torch.arange(6) % 3, FinetuneConfig(), {}, tuning)
+        assert experiment.chosen("l2", "probe") == 0.0025
+        assert experiment.chosen("lr", "finetune") == 5e-4
+        assert experiment.chosen("scratch_lr", "scratch") == 1e-3
 
 
 def test_fine_tuning_starts_from_a_mild_probe_and_scratch_from_nothing(monkeypatch):
@@ -683,7 +734,8 @@ def test_the_rate_from_scratch_is_tuned_on_all_classes(monkeypatch):
     experiment = unlabelled_experiment(labels, FinetuneConfig(), {}, list(range(21)))
     trained = []
     tested = []
-    best = finetune.SCRATCH_RATES[2]
+    rates = finetune.CHOICES["scratch_lr"].candidates
+    best = rates[2]
 
     def train(self, method, indices, seed, lr):
         trained.append(indices)
@@ -695,8 +747,8 @@ def test_the_rate_from_scratch_is_tuned_on_all_classes(monkeypatch):
 
     monkeypatch.setattr(finetune.Experiment, "trained", train)
     monkeypatch.setattr(finetune, "classify", predict)
-    assert experiment.scratch_lr == best
-    assert len(trained) == len(tested) == len(finetune.SCRATCH_RATES)
+    assert experiment.chosen("scratch_lr", "scratch") == best
+    assert len(trained) == len(tested) == len(rates)
     assert labels[trained[0]].tolist() == [0, 0, 1, 1, 2, 2]
     assert sorted(trained[0] + tested[0]) == list(range(21))
 
@@ -975,7 +1027,7 @@ BAD = [  # words, flags, what the line says
     ((), {"methods": "probe,magic"}, "magic is not known"),
     ((), {"fraction": "1.5"}, "out of range"),
     ((), {"seeds": "much"}, "must be numbers"),
-    ((), {"l2": "0"}, "out of range"),
+    ((), {"l2": "-1"}, "out of range"),
     ((), {"seeds": ""}, "at least one of each"),
     ((), {"methods": ""}, "at least one of each"),
     ((), {"image_size": "20"}, "no whole number of this checkpoint's patches of 8"),
@@ -1098,7 +1150,7 @@ def test_only_the_lines_of_the_table_go_to_stdout(world, capsys, tmp_path):
     out, err = capsys.readouterr()
     starts = [line.split()[0] for line in out.splitlines() if line.strip()]
     assert starts == ["accuracy", "1/class", "scratch", "probe"]
-    assert "scratch: learning rate" in err and "written: " in err
+    assert "scratch: --scratch-lr" in err and "written: " in err
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,16 @@ def test_a_plot_of_anything_is_drawn(tmp_path):
 # -- heat maps and arrows --------------------------------------------------------------------------
 
 
+def test_words_below_a_heat_map_do_not_reach_the_next_one(tmp_path):
+    """However long the name of the columns is, the gap between two maps stays white."""
+    maps = [HeatMap("t", np.eye(4), [])] * 2
+    train_msn.save_heat_maps(tmp_path / "a.png", maps, "name of the columns " * 3, "rows")
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture)
+    end_of_first = 20 + train_msn.MAP_SIDE + 2
+    assert (pixels[:, end_of_first : end_of_first + 50] == 255).all()
+
+
 def test_a_heat_map_is_white_at_0_and_dark_at_1(tmp_path):
     """Between them colours are mixed evenly; values out of range are taken for the ends."""
     shown = np.asarray(train_msn.map_colors(np.array([[0.0, 0.5, 1.0, 7.0]])))[0]
