@@ -28,6 +28,7 @@ import pickle
 import queue
 import shutil
 import signal
+import socket
 import sys
 import tarfile
 import threading
@@ -90,6 +91,7 @@ class TrainConfig:
     resume: bool = opt(
         False, "go on from the run's checkpoint, on the same images, or start if there is none"
     )
+    changed_data: bool = opt(False, "resume, too, if pictures were added, removed or renamed")
     init_from: str = opt(
         "", "start from a run of ours, a transformers folder or an original .pth.tar"
     )
@@ -265,6 +267,7 @@ class Images(NamedTuple):
     picture_rules: PictureRules | None = None  # by which files were read
     why_no_labels: str = ""  # where there are none
     notes: tuple[str, ...] = ()  # lines that say what was taken of a folder, and what was not
+    names_digest: str = ""  # of the training images' names, by which a resumed run knows them
 
 
 # ---- Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur ------------------
@@ -517,11 +520,11 @@ def train(
                     accuracy = knn_accuracy(model.target_encoder, data, config, processes.device)
                     record.evaluation(done, epoch, accuracy)
                 if done == steps.stop or is_due(done, config.checkpoint_every):
-                    save_checkpoint(folder, model, optimizer, config, done, record.elapsed())
+                    save_checkpoint(folder, model, optimizer, config, data, done, record.elapsed())
 
         if processes.any(signals.received) or done < steps.stop:
             if processes.is_first and done > steps.start:
-                save_checkpoint(folder, model, optimizer, config, done, record.elapsed())
+                save_checkpoint(folder, model, optimizer, config, data, done, record.elapsed())
             say_stopped(folder, done, steps, inputs, processes)
             return
 
@@ -629,7 +632,7 @@ def read_metrics(
             f"cross-entropy {metrics['cross_entropy']:.4g}, me-max {metrics['memax']:.4g}, "
             f"gradient norm {metrics['grad_norm']:.4g}"
         )
-    metrics["prototypes_used"] = int(metrics["prototypes_used"])
+    metrics["prototypes_used"] = round(metrics["prototypes_used"])
     return metrics
 
 
@@ -639,6 +642,9 @@ class StopSignals:
 
     A context manager, after which the handlers are those of before. Only the main thread can have
     handlers: in another one, nothing is noticed.
+
+    Python calls a handler when the main thread is back from whatever it computes or waits for,
+    which may be never. So the second signal has a thread of its own, which is told by a socket.
 
     at_once: the first one does, too, by KeyboardInterrupt: before the first step nothing is lost by
     it. Not with many processes, which have to stop together.
@@ -650,14 +656,34 @@ class StopSignals:
         self.before: dict[int, Any] = {}  # signal -> its handler
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                self.before[number] = signal.signal(number, self.notice)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in STOP_SIGNALS:
+            self.before[number] = signal.signal(number, self.notice)
+        self.told, self.teller = socket.socketpair()
+        self.teller.setblocking(False)
+        self.before_fd = signal.set_wakeup_fd(self.teller.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.end_at_the_second, daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
+        if not self.before:
+            return
+        signal.set_wakeup_fd(self.before_fd)
         for number, handler in self.before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        self.teller.close()  # which ends the thread
+
+    def end_at_the_second(self) -> None:
+        """What the thread does: it ends the process at the second stop signal."""
+        noticed: list[int] = []
+        while len(noticed) < 2:
+            told = self.told.recv(1)  # the number of a signal; nothing when the teller is closed
+            if not told:
+                return
+            if told[0] in STOP_SIGNALS:
+                noticed.append(told[0])
+        os._exit(128 + noticed[1])  # the exit status that a shell gives for this signal
 
     def notice(self, number: int, frame) -> None:
         """The handler of both: for the next signal, the default action is back."""
@@ -2087,7 +2113,8 @@ def folder_images(
     train = ImageFiles(tree.train, side, cache_bytes, rules=wanted)
     if tree.why_no_labels:
         notes = (*tree.notes, *train.sample.notes(folder, train.rules, wanted))
-        return Images([], train, None, None, None, train.rules, tree.why_no_labels, notes)
+        no_labels = Images([], train, None, None, None, train.rules, tree.why_no_labels, notes)
+        return no_labels._replace(names_digest=digest_of_names(tree.train, folder))
 
     val = ImageFiles(tree.val, side, cache_bytes, rules=train.rules)
     train.rules = val.rules  # it may have found what no picture of train could tell
@@ -2104,7 +2131,18 @@ def folder_images(
         val_labels=torch.tensor([number[name] for name in val_names]),
         picture_rules=val.rules,
         notes=(*tree.notes, *sample.notes(folder, val.rules, wanted)),
+        names_digest=digest_of_names(tree.train, folder),
     )
+
+
+def digest_of_names(paths: list[Path], folder: Path) -> str:
+    """A digest of the names of files within a folder: wherever that is, it is the same."""
+    prefix = len(os.path.join(folder, ""))
+    names = hashlib.sha256()
+    for path in paths:
+        name = os.fspath(path)[prefix:].replace(os.sep, "/")
+        names.update(os.fsencode(name) + b"\0")
+    return names.hexdigest()
 
 
 # ---- The built-in images: ten kinds of grey texture ----------------------------------------------
@@ -2543,6 +2581,7 @@ CHECKPOINT = {  # what one must hold
 # Flags that a resumed run may change, because the result is the same.
 FREE_TO_CHANGE = {
     "resume",
+    "changed_data",
     "output_dir",
     "num_workers",
     "batch_timeout",
@@ -2646,15 +2685,45 @@ def settle(given: dict, folder: Path, recipe: str) -> tuple[TrainConfig, dict | 
 
     saved = content["config"] if content else json.loads(settings_file.read_text())
     saved = with_tuples(saved)
+    free_names = set(FREE_TO_CHANGE)
+    if content and "data" in content:  # then check_same_images knows whether it has only moved
+        free_names.add("data")
     for name, value in given.items():
-        if name not in FREE_TO_CHANGE and value not in ("auto", saved.get(name)):
+        if name not in free_names and value not in ("auto", saved.get(name)):
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} {value}: {folder} was started with {saved.get(name)}.")
-    free = {name: value for name, value in given.items() if name in FREE_TO_CHANGE}
-    settings = {**saved, "max_steps": 0, **free}
+    free = {name: value for name, value in given.items() if name in free_names}
+    settings = {**saved, "max_steps": 0, "changed_data": False, **free}
     known = {f.name for f in fields(TrainConfig)}
     settings = {name: value for name, value in settings.items() if name in known}
     return TrainConfig(**settings), content
+
+
+def identity_of(data: Images) -> dict:
+    """By which a resumed run knows its images again."""
+    return {"images": len(data.train), "names": data.names_digest}
+
+
+def check_same_images(content: dict | None, data: Images, config: TrainConfig) -> None:
+    """Raise UsageError if a run would go on with other images than before, unless --changed-data
+    accepts them: what an epoch is, and so all schedules, depend on how many there are."""
+    before = (content or {}).get("data")  # older checkpoints do not have it
+    now = identity_of(data)
+    if not isinstance(before, dict) or before == now:
+        return
+
+    change = (
+        f"{config.data} has {now['images']} training images, and the run had "
+        f"{before.get('images')}: some were added, removed or renamed"
+    )
+    if now["images"] == before.get("images"):
+        change = f"the {now['images']} training images of {config.data} have not the names they had"
+    if not config.changed_data:
+        raise UsageError(
+            f"{change}. Give the --data that the run began with (it may have moved), or go on with "
+            "these by --changed-data."
+        )
+    say(f"{change}; an epoch is now {now['images'] // config.batch_size} steps", sys.stderr)
 
 
 def with_tuples(settings: dict) -> dict:
@@ -2836,6 +2905,7 @@ def save_checkpoint(
     model: ViTMSNForPreTraining,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
+    data: Images,
     step: int,
     elapsed: float,
 ) -> None:
@@ -2853,6 +2923,7 @@ def save_checkpoint(
         "step": step,
         "elapsed": elapsed,
         "config": asdict(config),
+        "data": identity_of(data),
         "model_config": model.config.to_dict(),
     }
     newest = folder / "checkpoint-next.pt"
@@ -3854,8 +3925,15 @@ def queries_of(images: Dataset, labels: Tensor | None) -> list[int]:
     if labels is None:
         return some_of(images, 8)
     by_class = labels.argsort(stable=True)
-    places = torch.linspace(0, len(labels) - 1, min(8, len(labels))).long()
-    return by_class[places].tolist()
+    return by_class[evenly_spaced(len(labels), 8)].tolist()
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, from the first one to the last. (As float32, as
+    torch.linspace would have it, 20 million is rounded to beyond the last one.)"""
+    if count <= most:
+        return list(range(count))
+    return [place * (count - 1) // (most - 1) for place in range(most)]
 
 
 def class_of(data: Images, labels: Tensor | None, i: int) -> str:
@@ -4240,6 +4318,7 @@ def main(argv: list[str]) -> None:
     processes = start_processes(config)
     config = replace(config, precision=choose_precision(config.precision, processes.device))
     data = open_data(config)
+    check_same_images(content, data, config)
     if data.picture_rules:  # so that the run's folder and its encoder know what was found
         found = data.picture_rules
         ranges = {"integer_range": found.integer_range, "float_range": found.float_range}

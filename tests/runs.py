@@ -143,6 +143,7 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
 # What may differ between a run that was interrupted and one that was not: of the checkpoint ...
 FREE_IN_CHECKPOINT = (
     "/elapsed",
+    "/config/data",
     "/config/output_dir",
     "/config/resume",
     "/config/num_workers",

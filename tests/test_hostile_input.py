@@ -269,7 +269,9 @@ def whole(tmp_path_factory):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    train_msn.save_checkpoint(folder, model, optimizer, config, 3, 1.0)
+    images = train_msn.ImagesInMemory(torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
+    data = train_msn.Images([], images, None, None, None)
+    train_msn.save_checkpoint(folder, model, optimizer, config, data, 3, 1.0)
     for suffix in ("png", "jpg", "gif", "tif", "webp", "bmp"):
         Image.effect_noise((9, 7), 80).convert("RGB").save(folder / f"picture.{suffix}")
     ViTMSNForImageClassification(config.model_config()).save_pretrained(folder)

@@ -28,6 +28,18 @@ def area_of(sheet: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
+# -- which pictures --------------------------------------------------------------------------------
+
+
+@given(count=st.integers(1, 10**11), most=st.integers(2, 20))
+def test_an_even_choice_runs_from_the_first_to_the_last(count, most):
+    """Of any number of images, also of more than float32 can count: distinct, and evenly spaced."""
+    chosen = train_msn.evenly_spaced(count, most)
+    assert chosen[0] == 0 and chosen[-1] == count - 1 and len(chosen) == min(count, most)
+    steps = {after - before for before, after in itertools.pairwise(chosen)}
+    assert not steps or (min(steps) >= 1 and max(steps) - min(steps) <= 1)
+
+
 # -- sheets ----------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ A checkpoint is never lost, and the right run is found again.
 import json
 import os
 import random
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runs import (
     TINY,
     as_batch,
@@ -96,6 +99,91 @@ def test_bfloat16_runs_resume_bit_for_bit_too(pictures, tmp_path):
     assert run_here(*flags(pictures, b, "--precision", "bfloat16", "--max-steps", "5")) == 0
     assert run_here(*flags(pictures, b, "--resume")) == 0
     assert_same_result(a, b)
+
+
+# -- the images of a resumed run -------------------------------------------------------------------
+
+
+def test_data_that_moved_is_accepted_where_it_is_now(pictures, whole, tmp_path):
+    """With a new --data that holds the same pictures, a run goes on bit for bit."""
+    old, new, folder = tmp_path / "old", tmp_path / "elsewhere" / "new", tmp_path / "run"
+    shutil.copytree(pictures, old)
+    assert run_here(*flags(old, folder, "--max-steps", "5")) == 0
+    new.parent.mkdir()
+    old.rename(new)
+    assert run_here(*flags(new, folder, "--resume")) == 0
+    assert_same_result(whole, folder)
+
+
+def add_one(data: Path) -> None:
+    picture = min(data.glob("train/*/*.png"))
+    shutil.copy(picture, picture.with_name("a new one.png"))
+
+
+def remove_one(data: Path) -> None:
+    min(data.glob("train/*/*.png")).unlink()
+
+
+def rename_one(data: Path) -> None:
+    picture = min(data.glob("train/*/*.png"))
+    picture.rename(picture.with_name("another name.png"))
+
+
+@pytest.mark.parametrize("change", [add_one, remove_one, rename_one])
+def test_other_images_are_refused_unless_a_flag_accepts_them(change, pictures, tmp_path, capsys):
+    """Pictures that were added, removed or renamed since change what an epoch is, so a run does not
+    go on with them unasked. Once accepted, they are the run's own."""
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(pictures, data)
+    assert run_here(*flags(data, folder, "--max-steps", "2")) == 0
+    change(data)
+    before = (folder / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert run_here(*flags(data, folder, "--resume")) == 2
+    line = capsys.readouterr().err
+    assert "training images" in line and "--changed-data" in line and line.count("\n") == 1
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+    more = ("--resume", "--changed-data", "--max-steps", "3")
+    assert run_here(*flags(data, folder, *more)) == 0
+    assert "an epoch is now" in capsys.readouterr().err
+    assert run_here(*flags(data, folder, "--resume", "--max-steps", "4")) == 0
+    assert "an epoch is now" not in capsys.readouterr().err
+
+
+def test_new_validation_images_stop_no_run(pictures, tmp_path):
+    """Only the images that are trained on make a run another one."""
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(pictures, data)
+    assert run_here(*flags(data, folder, "--max-steps", "2")) == 0
+    picture = min(data.glob("val/*/*.png"))
+    shutil.copy(picture, picture.with_name("a new one.png"))
+    assert run_here(*flags(data, folder, "--resume", "--max-steps", "3")) == 0
+
+
+def test_a_checkpoint_that_knows_no_images_goes_on(pictures, whole, tmp_path):
+    """As of versions that did not store which images they were."""
+    folder = tmp_path / "run"
+    assert run_here(*flags(pictures, folder, "--max-steps", "5")) == 0
+    content = vitmsn.read_tensors(folder / "checkpoint.pt")
+    del content["data"]
+    torch.save(content, folder / "checkpoint.pt")
+    assert run_here(*flags(pictures, folder, "--resume")) == 0
+    assert_same_result(whole, folder)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.text("ab/é.", min_size=1), max_size=5), st.text("abc", min_size=1))
+def test_the_digest_of_names_depends_on_the_names_within_the_folder_only(names, place):
+    """The same names have the same digest wherever the folder is; others have another one."""
+
+    def digest(folder, names):
+        return train_msn.digest_of_names([folder / f"x{name}" for name in names], folder)
+
+    here, there = Path("/here"), Path("/there") / place
+    assert digest(here, names) == digest(there, names)
+    assert digest(here, [*names, "more"]) != digest(here, names)
+    assert digest(here, ["ab"]) != digest(here, ["a", "b"])
 
 
 def test_a_run_whose_end_failed_is_not_finished(pictures, tmp_path, monkeypatch):
