@@ -3,6 +3,7 @@
     python bench.py                    # eager against SDPA attention, batches of 1, 2, 4 and 8
     python bench.py inference --preset small-16 --threads 1 --against transformers
     python bench.py train --help       # what can be changed in a suite
+    python bench.py learning --help    # seconds of training until k-NN reaches an accuracy
     python bench.py gpu                # all that needs a GPU: checks and times, in 25 minutes
 
 The suites: inference (forward passes), train (a training step and its parts), masking (what dropped
@@ -26,6 +27,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,7 +37,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -47,9 +49,11 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from train_msn import (
+    CHOICE,
+    RECIPES,
     VIEWS,
     Batch,
     ImageFiles,
@@ -71,23 +75,29 @@ from train_msn import (
     find_pictures,
     first_look,
     generator_for,
+    knn_accuracy,
     knn_predict,
     make_config,
     make_views,
     open_data,
     parameter_groups,
     read_checkpoint,
+    recipe_for,
     recipe_settings,
     restore_weights,
     run_program,
     say,
     schedule_at,
+    seed_drop_path,
     set_threads,
     settle,
     start_alone,
+    step_batches,
+    step_inputs,
     synthetic_images,
     train,
     train_step,
+    with_tuples,
 )
 from vitmsn import (
     IMAGENET_STD,
@@ -2276,6 +2286,427 @@ def report_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# ---- Learning: python bench.py learning ----------------------------------------------------------
+# One number, one clock: how many seconds of training until the representation is worth so much?
+
+HELD_BACK = 5  # one in so many training images is not trained on: by these, recipes are chosen
+ACCURACIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(eq=False)
+class Subset(Dataset):
+    """Some images of a data set, with numbers of their own."""
+
+    images: Dataset
+    members: list[int]  # their numbers there
+
+    def __post_init__(self):
+        self.number_here = {member: i for i, member in enumerate(self.members)}
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        batch = self.images.__getitems__([self.members[i] for i in indices])
+        # What stands in for an unreadable file may be no member; it has no number here.
+        return batch._replace(indices=[self.number_here.get(j, -1) for j in batch.indices])
+
+
+def hold_back(data: Images) -> tuple[Images, Images]:
+    """Take a fixed fifth of the training images away. -> the data set with that fifth in place of
+    the validation images, to choose recipes by; and with the validation images, to report."""
+    order = torch.randperm(len(data.train), generator=generator_for(0, CHOICE, 1))
+    count = len(order) // HELD_BACK
+    held = order[:count].sort().values
+    rest = order[count:].sort().values
+
+    train = Subset(data.train, rest.tolist())
+    to_report = data._replace(train=train, train_labels=data.train_labels[rest])
+    held_images = Subset(data.train, held.tolist())
+    to_choose = to_report._replace(val=held_images, val_labels=data.train_labels[held])
+    return to_choose, to_report
+
+
+class Measured(NamedTuple):
+    """What a recipe was worth at some time."""
+
+    epoch: int
+    seconds: float  # of training so far, views included
+    accuracy: float  # k-NN, on the images held back
+
+
+class Learner:
+    """A training run that goes from epoch to epoch when it is told to, and counts the seconds.
+
+    The seconds of evaluation and set-up do not count.
+    """
+
+    def __init__(self, config: TrainConfig, data: Images, setup: Setup):
+        self.config = config
+        self.data = data
+        self.setup = setup
+        self.model = build_model(config, Processes(0, 1, setup.device))
+        self.optimizer = build_optimizer(self.model, config)
+        self.steps_per_epoch = len(data.train) // config.batch_size
+        self.epoch = 0
+        self.seconds = 0.0
+        self.measured: list[Measured] = []
+
+    def share_done(self) -> float:
+        return self.epoch / self.config.epochs
+
+    def epoch_work(self) -> float:
+        """As Case.work."""
+        return float(self.steps_per_epoch * step_flops(self.config))
+
+    def train_epoch(self) -> None:
+        first = self.epoch * self.steps_per_epoch
+        steps = range(first, first + self.steps_per_epoch)
+        self.seconds += seconds_of(self.run_steps, steps, self.setup)
+        self.epoch += 1
+
+    def run_steps(self, steps: range) -> None:
+        """The same steps as train() makes, with the same results."""
+        config = self.config
+        whole = slice(0, config.batch_size)
+        orders = step_batches(config, len(self.data.train), steps, whole)
+        batches = map(self.data.train.__getitems__, orders)
+        inputs = step_inputs(batches, config, steps, whole, self.setup.device)
+        for step, (views, _) in enumerate(inputs, steps.start):
+            seed_drop_path(config.seed, step, 0)
+            now = schedule_at(config, step, self.steps_per_epoch)
+            train_step(self.model, self.optimizer, *views, now, config.clip_grad, config.precision)
+
+    def evaluate(self) -> Measured:
+        """k-NN on the images held back, which is noted down."""
+        encoder = self.model.target_encoder
+        accuracy = knn_accuracy(encoder, self.data, self.config, self.setup.device)
+        self.measured.append(Measured(self.epoch, self.seconds, accuracy))
+        return self.measured[-1]
+
+    def seconds_to(self, accuracy: float) -> float | None:
+        """Seconds of training after which an evaluation first gave this accuracy, or more."""
+        for measured in self.measured:
+            if measured.accuracy >= accuracy:
+                return measured.seconds
+        return None
+
+
+class LearningReport:
+    """Prints records as they come, and keeps all of them in a file."""
+
+    def __init__(self, path: Path | None, about: dict):
+        self.path = path
+        self.content = {**about, "values": {}}
+        self.table = Table()
+
+    def add(self, title: str, record: dict) -> None:
+        self.table.add(record)
+        self.content["values"].setdefault(title, []).append(record)
+        if self.path:
+            write_file(self.path, json.dumps(self.content, indent=2).encode())
+
+    def records(self, title: str) -> list[dict]:
+        return self.content["values"].get(title, [])
+
+
+def learn_in_turn(
+    learners: dict[str, Learner], every: int, seed: int, report: LearningReport, progress: Progress
+) -> None:
+    """Train all of them to their ends, epoch by epoch, always the one that is furthest behind: what
+    disturbs the machine then disturbs all alike. `every` so many epochs there is an evaluation."""
+    for name, learner in learners.items():
+        report.add("curves", curve_record(seed, name, learner.evaluate()))
+    while True:
+        unfinished = [name for name, learner in learners.items() if learner.share_done() < 1]
+        if not unfinished:
+            return
+        name = min(unfinished, key=lambda name: learners[name].share_done())
+        learner = learners[name]
+
+        start = time.perf_counter()
+        progress.show(f"seed {seed}, {name}, epoch {learner.epoch + 1} of {learner.config.epochs}")
+        learner.train_epoch()
+        if learner.epoch % every == 0 or learner.share_done() == 1:
+            report.add("curves", curve_record(seed, name, learner.evaluate()))
+        progress.work_left -= learner.epoch_work()
+        progress.saw_run(learner.epoch_work(), time.perf_counter() - start)
+
+
+def curve_record(seed: int, name: str, measured: Measured) -> dict:
+    return {
+        "seed": seed,
+        "recipe": name,
+        "epoch": measured.epoch,
+        "seconds": measured.seconds,
+        "k-NN": measured.accuracy,
+    }
+
+
+def seconds_records(
+    learners: dict[str, Learner], accuracies: list[float], seed: int
+) -> Iterator[dict]:
+    """After how many seconds each recipe first reached each accuracy, and what A took over B; last
+    the accuracy with which the last recipe ended."""
+    *_, last_name = learners
+    at_end = learners[last_name].measured[-1].accuracy
+    wanted = [(f"{accuracy:g}", accuracy) for accuracy in accuracies]
+    wanted.append((f"end of {last_name}", at_end))
+    for target, accuracy in wanted:
+        record = {"seed": seed, "reaches": target, "k-NN": accuracy}
+        times = {name: learner.seconds_to(accuracy) for name, learner in learners.items()}
+        for name, seconds in times.items():
+            record[f"{name}, s"] = seconds
+        if len(times) == 2:
+            a, b = times.values()
+            record["A over B"] = a / b if a is not None and b else None
+        yield record
+
+
+def mean_records(records: list[dict], keys: tuple[str, ...]) -> Iterator[dict]:
+    """For records that agree in `keys`: how many there are (one a seed), how many have all numbers,
+    and mean and standard deviation, over those, of each number."""
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+
+    for group_key, members in groups.items():
+        complete = [member for member in members if None not in member.values()]
+        result = dict(zip(keys, group_key, strict=True))
+        result["seeds"] = f"{len(complete)} of {len(members)}"
+        for name in members[0]:
+            if name in keys or name == "seed":
+                continue
+            values = [member[name] for member in complete]
+            result[name] = float(np.mean(values)) if values else None
+            result[f"± {name}"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        yield result
+
+
+def learning_main(argv: list[str]) -> None:
+    """How many seconds of training a recipe takes until k-NN reaches given accuracies, on a fixed
+    fifth of the training images that is held back, and not trained on. Validation images are looked
+    at once, at the end of each run.
+
+    Seconds are those of all threads of this process on a CPU, and the device's own on a GPU: of
+    reading, views and steps, not of set-up and evaluation. Two recipes, A and B, are trained in
+    turn, epoch by epoch. B is what --against and --set name=value say; all other flags, which are
+    those of train_msn.py, are of both:
+
+        python bench.py learning --recipe demo --set initializer_range=0.02 epochs=6 --seeds 0,1,2
+    """
+    recipe = first_look(argv, "--recipe") or recipe_for(first_look(argv, "--data") or "synthetic")
+    args = learning_parser(recipe).parse_args(argv)
+    configs = learning_configs(args, recipe, args.seeds[0])
+    if args.json:
+        check_writable(Path(args.json), "--json")
+    device = start_alone(configs["A"].device)
+    set_threads(configs["A"].threads, configs["A"].hidden_size)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    setup = Setup(device, torch.get_num_threads(), 0, False, clock)
+
+    report = open_learning_report(args, argv, configs, setup)
+    progress = None
+    data_sets: dict[str, Images] = {}
+    for seed in args.seeds:
+        configs = learning_configs(args, recipe, seed)
+        learners = {}
+        for name, config in configs.items():
+            config = replace(config, precision=choose_precision(config.precision, device))
+            data = data_for(config, data_sets)
+            learners[name] = prepare_learner(config, data, setup)
+        if progress is None:
+            works = [learner.epoch_work() * learner.config.epochs for learner in learners.values()]
+            progress = Progress([], setup, len(args.seeds) * sum(works))
+
+        learn_in_turn(learners, args.every, seed, report, progress)
+        for record in seconds_records(learners, args.accuracies, seed):
+            report.add("seconds", record)
+        for name, learner in learners.items():
+            report.add("ends", end_record(name, learner, seed, args.validation, data_sets))
+
+    for record in mean_records(report.records("seconds"), ("reaches",)):
+        report.add("seconds, means", record)
+    for record in mean_records(report.records("ends"), ("recipe",)):
+        report.add("ends, means", record)
+
+
+def data_key(config: TrainConfig) -> str:
+    """What decides on the images of a configuration."""
+    seed = config.seed if config.data == "synthetic" else None
+    return repr((config.data, config.data_dir, config.image_size, seed, config.picture_rules()))
+
+
+def data_for(config: TrainConfig, data_sets: dict[str, Images]) -> Images:
+    """The images of a configuration, opened once. Raises UsageError for what can't be measured."""
+    key = data_key(config)
+    if key not in data_sets:
+        data_sets[key] = open_data(config)
+    data = data_sets[key]
+    if data.val is None:
+        raise UsageError(f"{config.data} has no labels, so no k-NN: {data.why_no_labels}.")
+    count = len(data.train) - len(data.train) // HELD_BACK
+    if count < config.batch_size:
+        raise UsageError(
+            f"{count} training images, without those held back, are fewer than "
+            f"batch_size={config.batch_size}; lower it."
+        )
+    return data
+
+
+def prepare_learner(config: TrainConfig, data: Images, setup: Setup) -> Learner:
+    """A learner at its start. What is slow only once is done before: to read and decode pictures,
+    which the data set keeps, and a first step."""
+    to_choose, _ = hold_back(data)
+    every_image = [*range(len(to_choose.train))]
+    embed_images(None, to_choose.train, every_image, config.patch_size, setup.device)
+    Learner(config, to_choose, setup).run_steps(range(1))
+    return Learner(config, to_choose, setup)
+
+
+def end_record(
+    name: str, learner: Learner, seed: int, validation: bool, data_sets: dict[str, Images]
+) -> dict:
+    """Where a run ended: with `validation`, with its accuracy on validation images, too."""
+    end = learner.measured[-1]
+    record = {"seed": seed, "recipe": name, "seconds": end.seconds, "held back": end.accuracy}
+    if validation:
+        _, to_report = hold_back(data_sets[data_key(learner.config)])
+        encoder = learner.model.target_encoder
+        device = learner.setup.device
+        record["validation"] = knn_accuracy(encoder, to_report, learner.config, device)
+    return record
+
+
+def learning_configs(args: argparse.Namespace, recipe: str, seed: int) -> dict[str, TrainConfig]:
+    """The recipes to train: A and, if flags name it, B."""
+    given = with_tuples({name: x for name, x in vars(args).items() if name in ALL_SETTINGS})
+    given = {**given, "seed": seed}
+    configs = {"A": make_config({**given, "recipe": recipe})}
+    if args.against or args.set:
+        changes = dict(setting_of(text) for text in args.set)
+        configs["B"] = make_config({**given, **changes, "recipe": args.against or recipe})
+    return configs
+
+
+def setting_of(text: str) -> tuple[str, Any]:
+    """A field's name and its value, out of name=value. Raises UsageError."""
+    name, _, value = text.partition("=")
+    name = name.replace("-", "_")
+    kinds = {setting.name: setting.type for setting in fields(TrainConfig)}
+    if name not in kinds or name == "recipe" or name in LEARNING_REFUSES:
+        raise UsageError(f"--set {text}: {name} is no setting of B; use name=value.")
+
+    kind = kinds[name]
+    try:
+        if kind is bool:
+            return name, {"yes": True, "no": False}[value]
+        if kind is tuple:
+            low, high = value.split(",")
+            return name, (float(low), float(high))
+        return name, kind(value)
+    except (KeyError, ValueError):
+        wanted = {bool: "yes or no", tuple: "two numbers with a comma"}.get(kind, kind.__name__)
+        raise UsageError(f"--set {text}: {name} must be {wanted}.") from None
+
+
+def open_learning_report(
+    args: argparse.Namespace, argv: list[str], configs: dict[str, TrainConfig], setup: Setup
+) -> LearningReport:
+    """A report that says what is measured, how and where; it is printed, too."""
+    details = describe_machine(argparse.Namespace(), setup)
+    on_cpu = setup.device.type == "cpu"
+    details["clock"] = "CPU seconds of all threads" if on_cpu else "seconds of the device"
+    print(", ".join(f"{name} {cell_text(value)}" for name, value in details.items()), flush=True)
+
+    of_machine = {"data", "data_dir", "output_dir", "seed"}  # paths have no place in results
+    settings = {}
+    for name, config in configs.items():
+        values = asdict(config)
+        settings[name] = {key: values[key] for key in values.keys() - of_machine}
+        changes = " ".join(args.set) if name == "B" else ""
+        print(f"{name}: recipe {config.recipe}, {config.epochs} epochs {changes}".rstrip())
+    print()
+
+    command = shlex.join(["python", "bench.py", "learning", *argv])
+    for path in {configs["A"].data, args.json} - {"synthetic", "cifar10", None}:
+        command = command.replace(path, "path/to/" + Path(path).name)
+    about = {
+        "what": f"bench.py learning: {details['clock']} until k-NN reaches an accuracy on a fifth "
+        "of the training images, which is held back",
+        "machine": details["machine"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit_here(),
+        "command": command,
+        "seeds": args.seeds,
+        "details": details,
+        "settings": settings,
+    }
+    return LearningReport(Path(args.json) if args.json else None, about)
+
+
+READS_ITSELF = "pictures are read by the process itself, whose seconds are counted."
+LEARNING_REFUSES = {
+    "seed": "use --seeds 0,1,2.",
+    "max_steps": "use --epochs.",
+    "knn_every": "use --every.",
+    "output_dir": "it writes no run; use --json FILE for the figures.",
+    "resume": "it writes no run to go on with.",
+    "checkpoint_every": "it writes no run.",
+    "num_workers": READS_ITSELF,
+    "batch_timeout": READS_ITSELF,
+}
+
+
+def learning_parser(recipe: str) -> argparse.ArgumentParser:
+    """The flags of bench.py learning; the help shows the values of this recipe."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py learning",
+        usage="%(prog)s [--flag value ...]; more by --help",
+        description=learning_main.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",
+    )
+    defaults = {**recipe_settings(recipe), "recipe": recipe}
+    add_flags(parser, TrainConfig, defaults, hidden=LEARNING_REFUSES)
+    add_refusals(parser, "learning", LEARNING_REFUSES)
+    parser.add_argument("--against", choices=RECIPES, help="the recipe B (default: that of A)")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="what is different in B"
+    )
+    parser.add_argument(
+        "--seeds", type=numbers_of(int), default=[0], metavar="N,N", help="(default: 0)"
+    )
+    parser.add_argument(
+        "--accuracies",
+        type=numbers_of(float),
+        default=list(ACCURACIES),
+        metavar="X,X",
+        help="those to reach (default: 0.3 to 0.9; that with which B ends always is one of them)",
+    )
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="epochs between evaluations (default: 1)"
+    )
+    parser.add_argument(
+        "--validation",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="look at validation images at the end; --no-validation while recipes are compared",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all of it to this file, too")
+    return parser
+
+
+def numbers_of(kind: type) -> Callable[[str], list]:
+    """For argparse: numbers with commas between them."""
+
+    def numbers(text: str) -> list:
+        return [kind(part) for part in text.split(",")]
+
+    return numbers
+
+
 # ---- The command line ----------------------------------------------------------------------------
 
 
@@ -2585,6 +3016,20 @@ class RefusedFlag(argparse.Action):
         raise UsageError(f"bench.py {self.suite} does not take {option_string}: {self.instead}")
 
 
+def add_refusals(parser: argparse.ArgumentParser, suite: str, refusals: dict[str, str]) -> None:
+    """Flags that a suite refuses (with _ for -), and what to use instead."""
+    for setting, instead in refusals.items():
+        flag = setting.replace("_", "-")
+        parser.add_argument(
+            f"--{flag}",
+            f"--no-{flag}",
+            action=RefusedFlag,
+            suite=suite,
+            instead=instead,
+            default=argparse.SUPPRESS,
+        )
+
+
 def shown_defaults(suite: Suite, preset: str | None, recipe: str | None) -> dict[str, Any]:
     """The settings, by field name, that the help of a suite shows as its defaults."""
     recipe = recipe or suite.recipe
@@ -2618,16 +3063,7 @@ def make_parser(preset: str | None = None, recipe: str | None = None) -> argpars
             conflict_handler="resolve",
         )
         add_flags(subparser, TrainConfig, shown_defaults(suite, preset, recipe))
-        for setting, instead in suite.refusals().items():
-            flag = setting.replace("_", "-")
-            subparser.add_argument(
-                f"--{flag}",
-                f"--no-{flag}",
-                action=RefusedFlag,
-                suite=name,
-                instead=instead,
-                default=argparse.SUPPRESS,
-            )
+        add_refusals(subparser, name, suite.refusals())
         start = suite.recipe
         if "hidden_size" in suite.settings:
             start += "; with --hidden-size: small-16"
@@ -2758,8 +3194,12 @@ def main(argv: list[str]) -> None:
     """The command line; without the name of a suite, inference."""
     if argv and argv[0] == "gpu":
         return report_main(argv[1:])
+    if argv and argv[0] == "learning":
+        return learning_main(argv[1:])
     if argv and not argv[0].startswith("-") and argv[0] not in SUITES:
-        raise UsageError(f"bench.py has no suite {argv[0]}; use {', '.join(SUITES)} or gpu.")
+        raise UsageError(
+            f"bench.py has no suite {argv[0]}; use {', '.join(SUITES)}, learning or gpu."
+        )
     if not argv or argv[0] not in (*SUITES, "-h", "--help"):
         argv = ["inference", *argv]
     preset = first_look(argv, "--preset")

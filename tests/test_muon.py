@@ -43,6 +43,26 @@ def test_orthogonalizing_does_not_see_how_long_a_matrix_is(sides, seed, factor):
 
 
 @given(sides=SIDES, seed=SEEDS)
+def test_of_an_orthogonal_matrix_all_directions_stay_alike(sides, seed):
+    """A matrix whose singular values are equal keeps its directions: it changes by one factor."""
+    torch.manual_seed(seed)
+    matrices = torch.linalg.qr(torch.randn(1, *sides, dtype=torch.float64).mT).Q.mT
+    result = train_msn.orthogonalize(matrices)
+    factor = result.norm() / matrices.norm()
+    assert 0.65 < factor < 1.25
+    assert_close(result, factor * matrices, rtol=0, atol=1e-9)
+
+
+@given(side=st.integers(1, 8), seed=SEEDS)
+def test_to_orthogonalize_and_to_transpose_commute(side, seed):
+    """So it does not matter along which side a tall matrix is turned."""
+    torch.manual_seed(seed)
+    matrices = torch.randn(2, side, side, dtype=torch.float64)
+    transposed = train_msn.orthogonalize(matrices.mT.contiguous())
+    assert_close(transposed, train_msn.orthogonalize(matrices).mT, rtol=0, atol=1e-9)
+
+
+@given(sides=SIDES, seed=SEEDS)
 def test_rounding_of_a_gradient_stays_small(sides, seed):
     """In float32 a change of a millionth moves the result by at most a thousandth of its length."""
     torch.manual_seed(seed)
