@@ -69,6 +69,7 @@ from train_msn import (
     check_writable,
     choose_precision,
     clock_time,
+    commit_here,
     crop_boxes,
     draw_views,
     embed_images,
@@ -81,6 +82,7 @@ from train_msn import (
     make_views,
     open_data,
     parameter_groups,
+    processor_name,
     read_checkpoint,
     recipe_for,
     recipe_settings,
@@ -2154,15 +2156,6 @@ def read_report(path: Path, content: dict) -> dict:
     return earlier
 
 
-def commit_here() -> str:
-    """The commit of this folder, or "unknown" where it is none."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def run_part(name: str, part: ReportPart, report: Report) -> None:
     """Run a part, writing down each line at once. An error ends the part, and not the report."""
     needed = EVALUATION_SECONDS if name == "imagenette" else part.full_seconds()  # it can stop
@@ -3124,13 +3117,6 @@ def describe_machine(args: argparse.Namespace, setup: Setup) -> dict:
     for library in ("torch", *getattr(args, "against", [])):
         machine[library] = import_library(library).__version__
     return machine
-
-
-def processor_name() -> str:
-    """The model of the CPU where Linux tells it, else the operating system."""
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
-    return found[1] if found else sys.platform
 
 
 UNITS = {"image_size": "pixels", "batch": "images", "batch_size": "images", "source": "pixels"}

@@ -25,10 +25,13 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import platform
 import queue
+import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
@@ -4123,6 +4126,150 @@ def part_of(name: str) -> str:
     return "patches, positions"
 
 
+# ---- The paper's ablations: python train_msn.py --ablations FILE ---------------------------------
+class Ablation(NamedTuple):
+    """A run in which one thing is different from the recipe."""
+
+    table: int | None  # of the paper, None if it is in none of them
+    flags: str
+    paper: float | None = None  # accuracy there, in %, with 1 % of ImageNet's labels
+
+
+# Those from which most is to be learned stand first. A row of two tables is run once.
+ABLATIONS = (
+    Ablation(None, ""),
+    Ablation(7, "--focal-views 0 --mask-ratio 0", 49.3),
+    Ablation(7, "--random-views 0 --focal-views 1", 39.3),
+    Ablation(7, "--focal-views 0 --mask-ratio 0.5", 52.3),
+    Ablation(7, "--focal-views 1 --mask-ratio 0.5", 59.8),
+    Ablation(11, "--sinkhorn-iterations 0", 60.8),
+    Ablation(11, "--sinkhorn-iterations 0 --memax-weight 5", 67.2),
+    Ablation(None, "--memax-weight 0"),
+    Ablation(None, "--memax-weight 0 --sinkhorn-iterations 0"),
+    Ablation(9, "--focal-views 0 --mask-ratio 0.5 --anchor-view target", 7.0),
+    Ablation(9, "--focal-views 0 --mask-ratio 0.5 --anchor-view recolored", 48.7),
+    Ablation(9, "--focal-views 0 --mask-ratio 0.5", 52.3),
+    Ablation(8, "--mask-ratio 0"),
+    Ablation(8, "", 66.0),
+    Ablation(8, "--mask-ratio 0.5", 64.8),
+    Ablation(8, "--mask-ratio 0.7"),
+    Ablation(8, "--mask-ratio 0.9"),
+    Ablation(12, "--num-prototypes 16"),
+    Ablation(12, "--num-prototypes 32"),
+    Ablation(12, "--num-prototypes 256"),
+    Ablation(None, "--freeze-prototypes"),
+    Ablation(None, "--focal-mask"),
+)
+ABLATION_SEEDS = (0, 1, 2)
+
+
+def run_ablations(file: str, argv: list[str]) -> None:
+    """Run each row of the ablation tables with three seeds; argv: flags of all of them.
+
+    The result of each run goes into the file at once; the same command goes on where it stopped.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("--ablations is for one process; start it without torchrun.")
+    if first_look(argv, "--seed") or first_look(argv, "--output-dir"):
+        raise UsageError("--ablations chooses --seed and --output-dir itself; leave them out.")
+    path = Path(file)
+    content = open_ablations(path, argv)
+    done = content["runs"]
+
+    for flags in dict.fromkeys(ablation.flags for ablation in ABLATIONS):
+        for seed in ABLATION_SEEDS:
+            if str(seed) in done.get(flags, {}):
+                continue
+            say(f"\nablation {flags or '(the recipe itself)'}, seed {seed}")
+            name = "_".join([*flags.replace("--", "").split(), f"seed-{seed}"])
+            folder = RUNS / path.stem / name
+            of_run = ["--seed", str(seed), "--output-dir", str(folder), "--resume"]
+            main([*argv, *flags.split(), *of_run])
+            if not (folder / "summary.json").exists():
+                return  # stopped by a signal, as was said
+
+            done.setdefault(flags, {})[str(seed)] = ablation_result(folder)
+            content["values"]["rows"] = ablation_rows(done)
+            write_file(path, json.dumps(content, indent=2, ensure_ascii=False).encode())
+    say(f"{path} is complete")
+
+
+def open_ablations(path: Path, argv: list[str]) -> dict:
+    """The content of the file, or that of a new one. Raises UsageError if it is of other flags."""
+    command = " ".join(["python train_msn.py FLAGS", *argv])
+    about = {
+        "what": "The paper's ablations: k-NN accuracy on validation images",
+        "machine": processor_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit_here(),
+        "command": command,
+        "seeds": list(ABLATION_SEEDS),
+        "runs": {},
+        "values": {"rows": []},
+    }
+    if not path.exists():
+        return about
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        earlier = content["command"]
+        about["runs"] = content["runs"]
+        about["values"] = content["values"]
+        commits = content["commit"].split(", ")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{path} is no file of ablations; give another one.") from None
+    if earlier != command:
+        raise UsageError(f"{path} is of {earlier!r}, not of {command!r}; give another file.")
+    about["commit"] = ", ".join(dict.fromkeys([*commits, about["commit"]]))
+    return about
+
+
+def ablation_result(folder: Path) -> dict[str, float]:
+    """What a finished run gave."""
+    summary = json.loads((folder / "summary.json").read_text())
+    used = int(read_table(folder / "metrics.csv")[-1]["prototypes_used"])
+    return {"knn": summary["target encoder"], "prototypes used": used}
+
+
+def ablation_rows(done: dict[str, dict[str, dict]]) -> list[dict]:
+    """The rows of the tables, for which there are results. done: flags -> seed -> result."""
+    rows = []
+    for ablation in ABLATIONS:
+        results = done.get(ablation.flags)
+        if not results:
+            continue
+        accuracies = [results[seed]["knn"] for seed in sorted(results)]
+        deviation = np.std(accuracies, ddof=1) if len(accuracies) > 1 else 0
+        rows.append(
+            {
+                "table": ablation.table,
+                "flags": ablation.flags,
+                "paper, %": ablation.paper,
+                "knn": round(float(np.mean(accuracies)), 3),
+                "deviation": round(float(deviation), 3),
+                "seeds": accuracies,
+                "prototypes used": [results[seed]["prototypes used"] for seed in sorted(results)],
+            }
+        )
+    return rows
+
+
+def commit_here() -> str:
+    """The commit of this folder, or "unknown" where it is none."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor_name() -> str:
+    """The model of the CPU where Linux tells it, else the operating system."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    return found[1] if found else sys.platform
+
+
 # ---- Command line --------------------------------------------------------------------------------
 class UsageError(ValueError):
     """What the user asked for can't be done: one line on the terminal, exit status 2."""
@@ -4304,13 +4451,29 @@ def parse_flags(argv: list[str]) -> dict:
         description=f"{__doc__}\nrecipes:\n{recipe_list}\n\n(defaults: of the recipe {recipe})",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--ablations",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="run the paper's tables 7, 8, 9, 11 and 12 by this recipe, and write them to FILE",
+    )
     add_flags(parser, TrainConfig, defaults={**recipe_settings(recipe), "recipe": recipe})
     return with_tuples(vars(parser.parse_args(argv)))
+
+
+def split_flag(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of one flag of a command line, None without it, and all the others."""
+    parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument(flag, dest="value")
+    known, others = parser.parse_known_args(argv)
+    return known.value, others
 
 
 def main(argv: list[str]) -> None:
     """The command line."""
     given = parse_flags(argv)
+    if "ablations" in given:
+        return run_ablations(*split_flag(argv, "--ablations"))
     recipe = given.get("recipe") or recipe_for(given.get("data", "synthetic"))
     folder = choose_folder(make_config({"recipe": recipe, **given}))
     config, content = settle(given, folder, recipe)
