@@ -2876,6 +2876,7 @@ REFUSED_BY_ALL = {
     "cache_mb": NO_FILES,
     "output_dir": "it writes nothing but the table; use --json FILE for that.",
     "resume": NO_RUN,
+    "changed_data": NO_RUN,
     "max_steps": "use --repeats for the number of steps that are timed.",
     "checkpoint_every": NO_RUN,
     "knn_every": NO_RUN,

@@ -532,6 +532,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
     keys = tuple(int(key) if key.isdigit() else key for key in path.split("/"))
     content["config"] |= {"data": str(places["DATA"]), "batch_size": 6}
     torch.save(replaced(content, keys, int(value is None), value), tmp_path / "checkpoint.pt")
-    status = run_program(train_msn.main, ["--output-dir", str(tmp_path), "--resume"])
+    status = run_program(
+        train_msn.main, ["--output-dir", str(tmp_path), "--resume", "--changed-data"]
+    )
     printed = capsys.readouterr().err
     assert status in (1, 2) and says in printed and "Traceback" not in printed

@@ -120,7 +120,7 @@ AT_WORK = """
 import hashlib, train_msn
 with train_msn.StopSignals():
     print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**12)  # for hours, outside of Python
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # for hours, outside of Python
 """
 
 
