@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,6 +101,9 @@ class ViTMSNConfig:
     def __post_init__(self):  # both functions are in the file's last part, "Checks"
         complete_labels(self)
         check_config(self)
+
+    def __setattr__(self, name: str, value):
+        set_config_field(self, name, value)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ViTMSNConfig":
@@ -1042,6 +1045,16 @@ class ViTMSNForPreTraining(nn.Module):
 # ---- Checks --------------------------------------------------------------------------------------
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+ACTIVATIONS.update(  # more names that transformers knows
+    gelu_python=F.gelu,
+    gelu_fast=partial(F.gelu, approximate="tanh"),
+    swish=F.silu,
+    mish=F.mish,
+    relu6=F.relu6,
+    leaky_relu=F.leaky_relu,
+    sigmoid=torch.sigmoid,
+    tanh=torch.tanh,
+)
 CHOICES = {
     "hidden_act": tuple(ACTIVATIONS),
     "attn_implementation": ("sdpa", "eager"),
@@ -1076,6 +1089,20 @@ def complete_labels(config: ViTMSNConfig) -> None:
     config.num_labels = len(config.id2label)
     if config.label2id is None:
         config.label2id = {name: i for i, name in config.id2label.items()}
+    object.__setattr__(config, "labels_are_complete", True)
+
+
+def set_config_field(config: ViTMSNConfig, name: str, value) -> None:
+    """Set a field. As in transformers, num_labels and id2label move each other later on."""
+    object.__setattr__(config, name, value)
+    if not getattr(config, "labels_are_complete", False):
+        return
+    if name == "num_labels" and value != len(config.id2label):
+        id2label = {i: f"LABEL_{i}" for i in range(value)}
+        object.__setattr__(config, "id2label", id2label)
+        object.__setattr__(config, "label2id", {text: i for i, text in id2label.items()})
+    elif name == "id2label":
+        object.__setattr__(config, "num_labels", len(value))
 
 
 def check_config(config: ViTMSNConfig) -> None:
@@ -1087,8 +1114,8 @@ def check_config(config: ViTMSNConfig) -> None:
             raise ValueError(f"{name}={value!r} is not known; use one of {CHOICES[name]}.")
         if entry.type is int and (type(value) is not int or value < 1):
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-        if entry.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
-            raise ValueError(f"{name}={value!r} must be a number of at least 0 and below 1.")
+        if entry.type is float:
+            check_float(name, value)
         if entry.type is bool and type(value) is not bool:
             raise ValueError(f"{name}={value!r} must be True or False.")
 
@@ -1108,6 +1135,20 @@ def check_config(config: ViTMSNConfig) -> None:
             f"no patch fits: patch_size={config.patch_size} must be <= "
             f"image_size={config.image_size}."
         )
+
+
+ANY_SIZE = ("layer_norm_eps", "initializer_range")
+
+
+def check_float(name: str, value) -> None:
+    """Raise ValueError unless it is a number that this field of a config can be."""
+    is_number = type(value) in (int, float) and math.isfinite(value)
+    if name in ANY_SIZE:
+        if not is_number or value < 0:
+            raise ValueError(f"{name}={value!r} must be a number of at least 0.")
+    elif not is_number or not 0 <= value <= 1 or (name == "drop_path_rate" and value == 1):
+        end = "below 1" if name == "drop_path_rate" else "at most 1"
+        raise ValueError(f"{name}={value!r} must be a number of at least 0 and {end}.")
 
 
 def check_pixels(pixel_values: Tensor, config: ViTMSNConfig, any_size: bool) -> None:
@@ -1277,6 +1318,71 @@ def config_to_dict(config: ViTMSNConfig) -> dict:
         if value is not None and name not in left_out:
             values[name] = value
     return {**config.extra, **values, "model_type": "vit_msn"}
+
+
+def save_config(config: ViTMSNConfig, folder: str | os.PathLike) -> None:
+    """Write config.json into the folder."""
+    write_json(Path(folder) / "config.json", config.to_dict())
+
+
+def update_config(config: ViTMSNConfig, values: dict) -> None:
+    """Set fields; what is no field goes to `extra`. Raises ValueError for values of no model."""
+    changes, extra = split_keywords(values)
+    changed = config_with(config, {**changes, "extra": {**config.extra, **extra}})
+    for entry in fields(config):
+        object.__setattr__(config, entry.name, getattr(changed, entry.name))
+
+
+def split_keywords(values: dict) -> tuple[dict, dict]:
+    """Those that are fields of a config, and the others."""
+    own_names = {entry.name for entry in fields(ViTMSNConfig)}
+    known = {name: value for name, value in values.items() if name in own_names}
+    return known, {name: value for name, value in values.items() if name not in own_names}
+
+
+def config_with(config: ViTMSNConfig, changes: dict) -> ViTMSNConfig:
+    """A copy with some fields changed; names of classes that are not given are made anew."""
+    changes = dict(changes)
+    if changes.get("label2id") is not None and changes.get("id2label") is None:
+        changes["id2label"] = {i: name for name, i in changes["label2id"].items()}
+    if changes.get("id2label") is not None:
+        changes.setdefault("num_labels", None)
+        changes.setdefault("label2id", None)
+    elif changes.get("num_labels", config.num_labels) not in (None, config.num_labels):
+        changes.update(id2label=None, label2id=None)
+    else:
+        changes.pop("num_labels", None)
+
+    image_size = changes.pop("image_size", None)
+    changed = replace(copy.deepcopy(config), **changes)
+    return changed if image_size is None else with_image_size(changed, image_size)
+
+
+def keep_unknown_keywords(init: Callable) -> Callable:
+    """The constructor of a config, which then takes any keyword: unknown ones go to `extra`, as
+    from_dict does it. One that is nearly a field is announced: it may be a mistake."""
+
+    @wraps(init)
+    def init_and_keep(self, *arguments, **words):
+        known, unknown = split_keywords(words)
+        own_names = [entry.name for entry in fields(ViTMSNConfig)]
+        for word in unknown:
+            nearest = difflib.get_close_matches(word, own_names, n=1, cutoff=0.8)
+            if nearest:
+                message = f"{word}= is no field of ViTMSNConfig; did you mean {nearest[0]}=?"
+                warnings.warn(message, stacklevel=2)
+        if unknown:
+            known["extra"] = {**known.get("extra", {}), **unknown}
+        init(self, *arguments, **known)
+
+    return init_and_keep
+
+
+ViTMSNConfig.__init__ = keep_unknown_keywords(ViTMSNConfig.__init__)
+ViTMSNConfig.model_type = "vit_msn"
+ViTMSNConfig.save_pretrained = save_config
+ViTMSNConfig.update = update_config
+ViTMSNConfig.to_json_string = lambda config: json.dumps(config.to_dict(), indent=2) + "\n"
 
 
 # ---- Names of weights ----------------------------------------------------------------------------
@@ -1465,11 +1571,14 @@ def may_be_on_the_hub(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).parent.is_dir()
 
 
-def local_folder(name_or_path: str | os.PathLike) -> Path:
+HUB_WORDS = ("revision", "token", "cache_dir", "local_files_only")
+
+
+def local_folder(name_or_path: str | os.PathLike, **hub_words) -> Path:
     """The folder itself, or the one into which huggingface_hub puts the model of that name.
 
-    Raises FileNotFoundError if there is no such folder and the hub does not give one, and
-    ImportError without huggingface_hub.
+    hub_words: HUB_WORDS, for huggingface_hub. Raises FileNotFoundError if there is no such folder
+    and the hub does not give one, and ImportError without huggingface_hub.
     """
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
@@ -1486,7 +1595,7 @@ def local_folder(name_or_path: str | os.PathLike) -> Path:
         ) from None
     wanted = ["config.json", "preprocessor_config.json", *WEIGHT_FILES, "*.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted, **hub_words))
     except Exception as error:  # no such name, no connection, no permission: each has its own kind
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(
@@ -1494,13 +1603,13 @@ def local_folder(name_or_path: str | os.PathLike) -> Path:
         ) from error
 
 
-def weight_file_of(name_or_path: str | os.PathLike) -> Path:
+def weight_file_of(name_or_path: str | os.PathLike, **hub_words) -> Path:
     """The file itself, or the file of weights in a folder or in a model of the hub."""
     path = Path(name_or_path)
     if path.is_file():
         return path
 
-    folder = local_folder(name_or_path)
+    folder = local_folder(name_or_path, **hub_words)
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -1508,23 +1617,71 @@ def weight_file_of(name_or_path: str | os.PathLike) -> Path:
 
 
 def read_pretrained(
-    name_or_path: str | os.PathLike, config: ViTMSNConfig | None
+    name_or_path: str | os.PathLike, config: ViTMSNConfig | None, **hub_words
 ) -> tuple[ViTMSNConfig, dict]:
     """Config and weights, under our names, of whatever `model_from_pretrained` takes.
 
     The file's own config is not read if one is passed in.
     """
-    path = weight_file_of(name_or_path)
+    path = weight_file_of(name_or_path, **hub_words)
     content = read_tensors(path)
     try:
         if isinstance(content.get("target_encoder"), dict):
             return from_pretraining_checkpoint(content, config)
-        config = config or ViTMSNConfig.from_pretrained(path.parent)
         weights = {str(name): value for name, value in content.items()}
-        return config, from_transformers(weights)
+        config = config or config_beside(path, weights)
+        return config, from_timm(from_transformers(weights))
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         # Something is not there, or is no tensor, or has another shape.
         raise ValueError(f"{path} holds no ViT that fits: {error}") from error
+
+
+def from_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names are ours, but for the classifier's."""
+    return {re.sub(r"^head\.", "classifier.", name): value for name, value in weights.items()}
+
+
+def config_beside(path: Path, content: dict[str, Tensor]) -> ViTMSNConfig:
+    """The config of a file of weights: config.json beside it or, without one (what Trainer saves)
+    or with timm's, what the shapes tell.
+
+    Warns of the number of heads, which no shape tells. Raises what from_pretrained does.
+    """
+    values = {}
+    with suppress(OSError, ValueError):
+        values = json.loads((path.parent / "config.json").read_bytes())
+    is_timm = isinstance(values, dict) and "architecture" in values
+    weights = from_timm(from_transformers(content))
+    if (path.parent / "config.json").is_file() and not is_timm:
+        return ViTMSNConfig.from_pretrained(path.parent)
+    if "patch_embed.weight" not in weights:
+        return ViTMSNConfig.from_pretrained(path.parent)  # raises FileNotFoundError
+
+    convolution = content.get("patch_embed.proj.weight")
+    channels = 3 if convolution is None else convolution.shape[1]
+    labels = len(weights["classifier.weight"]) if "classifier.weight" in weights else 0
+    config = infer_config(to_original(weights, channels), {"num_labels": labels})
+    if is_timm:
+        config.preprocessor = preprocessor_of_timm(values, config)
+    warnings.warn(
+        f"{path}: no config.json of ours; by the shapes, {config.num_attention_heads} heads, each "
+        "64 wide. If that is wrong, pass config=.",
+        stacklevel=5,
+    )
+    return config
+
+
+def preprocessor_of_timm(values: dict, config: ViTMSNConfig) -> dict:
+    """The preprocessor_config.json that says what timm's config.json does."""
+    theirs = values.get("pretrained_cfg", values)
+    preprocessor = default_preprocessor(config)
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    for ours, name in (("image_mean", "mean"), ("image_std", "std")):
+        if name in theirs:
+            preprocessor[ours] = list(theirs[name])
+    if theirs.get("interpolation") in filters:
+        preprocessor["resample"] = int(filters[theirs["interpolation"]])
+    return preprocessor
 
 
 def from_pretraining_checkpoint(
@@ -1568,44 +1725,167 @@ def backbone_of(model: nn.Module) -> ViTMSNModel:
     return getattr(model, "vit", model)
 
 
+LOAD_WORDS = (  # these mean nothing here
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "trust_remote_code",
+    "force_download",
+    "proxies",
+    "resume_download",
+    "subfolder",
+    "variant",
+    "from_tf",
+    "from_flax",
+    "weights_only",
+    "offload_folder",
+    "offload_state_dict",
+    "max_memory",
+    "use_auth_token",
+    "mirror",
+    "return_dict",
+)
+
+
 def model_from_pretrained(
     cls: type[nn.Module],
     name_or_path: str | os.PathLike,
     *,
     config: ViTMSNConfig | None = None,
-    attn_implementation: str | None = None,
     torch_dtype: torch.dtype | str | None = None,
     dtype: torch.dtype | str | None = None,
-    num_labels: int | None = None,
+    device_map: str | int | torch.device | dict | None = None,
     ignore_mismatched_sizes: bool = False,
-    **model_options,
+    output_loading_info: bool = False,
+    **words,
 ) -> nn.Module:
     """A ViTMSNModel or ViTMSNForImageClassification with stored weights, in eval mode.
 
-    name_or_path: a folder of transformers, a name on the hub, or a pretraining checkpoint, an
-    official .pth.tar or one of ours, of which the target encoder is taken.
-    config: only needed for an official file whose heads are not 64 wide.
+    name_or_path: a folder of transformers or timm, a name on the hub, or a pretraining checkpoint,
+    an official .pth.tar or one of ours, of which the target encoder is taken.
+    config: only needed for a file without one whose heads are not 64 wide.
     torch_dtype, or dtype: of the weights; None or "auto" means as stored.
-    num_labels: another number of classes, with ignore_mismatched_sizes=True to draw a new head.
-    model_options: further arguments of `cls`.
-    Raises FileNotFoundError, or ValueError that names weights that are missing or do not fit.
+    device_map: a device, or "auto": a GPU if there is one.
+    ignore_mismatched_sizes: draw a new head for another number of classes.
+    output_loading_info: return the model and a dict of missing, unexpected and mismatched names.
+    words: any field of the config (with another image_size, positions are resampled), further
+    arguments of `cls`, and HUB_WORDS; LOAD_WORDS are taken without effect.
+    Raises FileNotFoundError, TypeError for other words, or ValueError that names weights that are
+    missing or do not fit.
     """
-    config, weights = read_pretrained(name_or_path, config)
-    changes = {}
-    if attn_implementation is not None:
-        changes["attn_implementation"] = attn_implementation
-    if num_labels not in (None, config.num_labels):
-        changes.update(num_labels=num_labels, id2label=None, label2id=None)
+    changes, words = split_keywords(words)
+    parameters = inspect.signature(cls.__init__).parameters
+    model_options = {name: words.pop(name) for name in list(words) if name in parameters}
+    hub_words = {name: words.pop(name) for name in HUB_WORDS if name in words}
+    own_names = tuple(entry.name for entry in fields(ViTMSNConfig))
+    refuse_words(words, (*LOAD_WORDS, *HUB_WORDS, *own_names), model_from_pretrained)
 
-    model = cls(replace(copy.deepcopy(config), **changes), **model_options)
-    load_weights(model, weights, str(name_or_path), ignore_mismatched_sizes)
+    stored_config, weights = read_pretrained(name_or_path, config, **hub_words)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = config_with(stored_config, changes)
+    if config.grid_size != stored_config.grid_size:
+        weights = resample_positions(weights, config)
+        warnings.warn(
+            f"{name_or_path}: positions resampled from {stored_config.image_size} to "
+            f"{config.image_size} pixels",
+            stacklevel=3,
+        )
+
+    model = cls(config, **model_options)
+    new = load_weights(model, weights, str(name_or_path), ignore_mismatched_sizes)
+    model.name_or_path = str(name_or_path)
 
     dtype = torch_dtype or dtype or "auto"
     if dtype == "auto":
         dtype = weights["cls_token"].dtype
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    return model.to(dtype).eval()
+    model = model.to(dtype).to(device_of(device_map)).eval()
+    if output_loading_info:
+        return model, loading_info(model, weights, new)
+    return model
+
+
+def device_of(device_map: str | int | torch.device | dict | None) -> torch.device | None:
+    """The one device that a device_map names. Raises ValueError for a map to several."""
+    if isinstance(device_map, dict):
+        if len(set(device_map.values())) != 1:
+            raise ValueError(f"device_map={device_map}: the whole model goes to one device.")
+        (device_map,) = set(device_map.values())
+    if device_map in ("auto", "balanced", "sequential"):
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    return None if device_map is None else torch.device(device_map)
+
+
+def loading_info(model: nn.Module, weights: dict[str, Tensor], new: list[str]) -> dict:
+    """What transformers calls the loading info. new: names that were drawn at random."""
+    own = without_prefix(model.state_dict(), "vit.")
+    return {
+        "missing_keys": [name for name in new if name not in weights],
+        "unexpected_keys": [name for name in weights if name not in own],
+        "mismatched_keys": [name for name in new if name in weights],
+        "error_msgs": [],
+    }
+
+
+class ClientMembers:
+    """What clients ask of a model of transformers besides; it becomes part of PretrainedMixin."""
+
+    config_class = ViTMSNConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "vit"
+    supports_gradient_checkpointing = True
+    name_or_path = ""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def num_labels(self) -> int:
+        return self.config.num_labels
+
+    @property
+    def base_model(self) -> ViTMSNModel:
+        return backbone_of(self)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return backbone_of(self).gradient_checkpointing
+
+    def get_input_embeddings(self) -> nn.Module:
+        return backbone_of(self).patch_embed
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters hold; exclude_embeddings: without patch_embed's."""
+        left_out = set()
+        if exclude_embeddings:
+            left_out = set(self.get_input_embeddings().parameters())
+        count = 0
+        for parameter in self.parameters():
+            if parameter not in left_out and (parameter.requires_grad or not only_trainable):
+                count += parameter.numel()
+        return count
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], *arguments, **options):
+        """As in torch; a state dict of transformers' class is converted to our names first."""
+        names = [f".{name}" for name in state_dict]
+        if any(name.endswith(".embeddings.cls_token") for name in names):
+            prefix = "vit." if hasattr(self, "vit") else ""
+            converted = {}
+            for name, value in from_transformers(dict(state_dict)).items():
+                is_head = name.startswith("classifier.")
+                converted[name if is_head else f"{prefix}{name}"] = value
+            state_dict = converted
+        return nn.Module.load_state_dict(self, state_dict, *arguments, **options)
+
+
+for name, member in vars(ClientMembers).items():
+    if not name.startswith("__"):
+        setattr(PretrainedMixin, name, member)
 
 
 def load_into_pretraining(

@@ -4,6 +4,7 @@ Each test of a client skips where its package is not installed; pip install '.[c
 """
 
 import copy
+import json
 import pickle
 from pathlib import Path
 
@@ -15,12 +16,16 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from vitmsn import (
+    ACTIVATIONS,
     TRACES_DICTS,
     ModelOutput,
     ViTMSNClassifierOutput,
+    ViTMSNConfig,
     ViTMSNForImageClassification,
     ViTMSNModelOutput,
     preprocess,
+    to_original,
+    to_transformers,
 )
 
 IMAGES = randn(2, 3, 32, 32)
@@ -247,3 +252,137 @@ def test_trainer_predicts_and_what_it_saves_is_read(transformers, folder, tmp_pa
     trainer.save_model(str(tmp_path / "saved"))
     loaded = ViTMSNForImageClassification.from_pretrained(tmp_path / "saved", config=model.config)
     assert abs(loaded(IMAGES).logits.detach().numpy() - expected).max() < 1e-5
+
+
+# -- what people pass to from_pretrained, configs and models ---------------------------------------
+
+
+def test_from_pretrained_takes_fields_of_the_config(folder):
+    """Labels, dropout, problem type and the size of images; positions are resampled, and said."""
+    load = ViTMSNForImageClassification.from_pretrained
+    names = {0: "a", 1: "b", 2: "c", 3: "d", 4: "e"}
+    model = load(folder, id2label=names, hidden_dropout_prob=0.5, problem_type="regression")
+    assert model.config.id2label == names and model.config.label2id["e"] == 4
+    assert model.vit.blocks[0].dropout1.p == 0.5 and model.config.problem_type == "regression"
+    assert load(folder, label2id={"x": 0, "y": 1, "z": 2, "u": 3, "v": 4}).config.id2label[4] == "v"
+    with pytest.warns(UserWarning, match="resampled from 32 to 48"):
+        model = load(folder, image_size=48)
+    assert model(preprocess(random_picture(), model.config)).logits.shape == (1, 5)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": "cpu"}, "auto", None])
+def test_words_of_transformers_are_taken(folder, device_map):
+    """A device_map and words that mean nothing here change no weight."""
+    model, info = ViTMSNForImageClassification.from_pretrained(
+        folder,
+        device_map=device_map,
+        low_cpu_mem_usage=True,
+        use_safetensors=True,
+        local_files_only=True,
+        return_dict=True,
+        output_loading_info=True,
+    )
+    assert model(IMAGES.to(model.device)).logits.shape == (2, 5)
+    assert not any(info.values())
+
+
+def test_unknown_words_are_refused_with_the_nearest(folder):
+    """A misspelt word is never swallowed."""
+    with pytest.raises(TypeError, match="did you mean ignore_mismatched_sizes="):
+        ViTMSNForImageClassification.from_pretrained(folder, ignore_mismatched_size=True)
+
+
+def test_words_for_the_hub_are_passed_on(folder, monkeypatch):
+    """revision, token, cache_dir and local_files_only reach huggingface_hub."""
+    hub = pytest.importorskip("huggingface_hub")
+    passed = {}
+
+    def snapshot_download(name, **words):
+        passed.update(words)
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    words = {"revision": "v1", "token": "t", "cache_dir": "c", "local_files_only": True}
+    ViTMSNForImageClassification.from_pretrained("some/model", **words)
+    assert words.items() <= passed.items()
+
+
+def test_configs_do_what_those_of_transformers_do(tmp_path):
+    """num_labels moves id2label, unknown keywords are kept, wide values are taken."""
+    config = ViTMSNConfig(layer_norm_eps=1.0, initializer_range=1.0, mystery=[1])
+    assert config.extra == {"mystery": [1]} and config.model_type == "vit_msn"
+    config.num_labels = 3
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    config.id2label = {0: "cat"}
+    assert config.num_labels == 1
+    config.update({"num_labels": 4, "hidden_size": 24, "num_attention_heads": 3, "other": 2})
+    assert len(config.label2id) == 4 and config.hidden_size == 24 and config.extra["other"] == 2
+    config.save_pretrained(tmp_path)
+    assert ViTMSNConfig.from_pretrained(tmp_path) == config
+    assert ViTMSNConfig.from_dict(json.loads(config.to_json_string())) == config
+    with pytest.warns(UserWarning, match="did you mean hidden_size="):
+        ViTMSNConfig(hiden_size=3)
+
+
+def test_models_answer_what_clients_ask():
+    """Device, type, parameters and the parts have transformers' names."""
+    model = tiny_classifier(num_labels=4)
+    assert model.device.type == "cpu" and model.dtype == torch.float32 and model.num_labels == 4
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters())
+    model.vit.requires_grad_(False)
+    assert model.num_parameters(only_trainable=True) == 4 * 24 + 4
+    embedding = sum(p.numel() for p in model.vit.patch_embed.parameters())
+    assert model.num_parameters() - model.num_parameters(exclude_embeddings=True) == embedding
+    assert model.base_model is model.vit and model.vit.base_model is model.vit
+    assert model.get_input_embeddings() is model.vit.patch_embed
+    assert model.main_input_name == "pixel_values" and model.config_class is ViTMSNConfig
+
+
+@pytest.mark.parametrize("make", [tiny_classifier, tiny_backbone])
+def test_load_state_dict_takes_the_names_of_transformers(make):
+    """A state dict of transformers' class is converted; its logits are the model's."""
+    source = make().eval()
+    model = type(source)(source.config).eval()
+    model.load_state_dict(to_transformers(source.state_dict(), channels=3))
+    for name, value in source.state_dict().items():
+        assert model.state_dict()[name].equal(value)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_weights_under_timms_names_are_read(with_config, tmp_path):
+    """A folder of timm, with or without its config.json, gives the model and its statistics."""
+    shape = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 80}
+    source = tiny_classifier(**shape).eval()
+    state = to_original(source.vit.state_dict(), channels=3)
+    for part in ("weight", "bias"):
+        state[f"head.{part}"] = source.classifier.state_dict()[part]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    if with_config:
+        statistics = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
+        config = {"architecture": "vit_test", "num_classes": 5, "pretrained_cfg": statistics}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+
+    for place in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.warns(UserWarning, match="1 heads, each 64 wide"):
+            model = ViTMSNForImageClassification.from_pretrained(place)
+        assert_close(model(IMAGES).logits, source(IMAGES).logits)
+    if with_config:
+        assert model.config.preprocessor["image_std"] == [0.25] * 3
+        assert model.config.preprocessor["resample"] == 3
+
+
+def test_what_trainer_saves_is_read_without_a_config(tmp_path):
+    """Our names without config.json: the shapes tell all but the heads."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    source = tiny_classifier(hidden_size=64, num_attention_heads=1).eval()
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="pass config="):
+        model = ViTMSNForImageClassification.from_pretrained(tmp_path)
+    assert_close(model(IMAGES).logits, source(IMAGES).logits)
+
+
+def test_activations_are_those_of_transformers(transformers):
+    """Every name of an activation computes what it computes there."""
+    x = torch.linspace(-5, 5, 101)
+    for name, activation in ACTIVATIONS.items():
+        assert_close(activation(x), transformers.activations.ACT2FN[name](x), rtol=0, atol=1e-5)
