@@ -44,7 +44,7 @@ from vitmsn import (
         ({"image_size": 8, "patch_size": 16}, "no patch fits"),
         ({"num_channels": 0}, "num_channels"),
         ({"hidden_act": "swish2"}, "use one of"),
-        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob"),
+        ({"hidden_dropout_prob": 1.1}, "hidden_dropout_prob"),
         ({"attention_probs_dropout_prob": -0.1}, "attention_probs_dropout_prob"),
         ({"drop_path_rate": float("nan")}, "drop_path_rate"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps"),
