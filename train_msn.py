@@ -4596,13 +4596,16 @@ def about_flops(config: TrainConfig) -> float:
 
 
 def end_program(status: int) -> None:
-    """End with this exit status; one of many processes does so without Python's own clearing up.
+    """End with this exit status; without Python's own clearing up if there are other processes or
+    threads. Nothing that we have open needs the clearing up but what is still to be printed.
 
     The threads of gloo give tensors back to Python when a reduction is done. If Python is already
-    clearing up by then, the process dies of it, now and then, after all its work is done. Nothing
-    that we have open needs the clearing up but what is still to be printed.
+    clearing up by then, the process dies of it, now and then, after all its work is done. And a
+    thread that is still at work on an input when a run is stopped is torn out of the middle of
+    torch, which aborts.
     """
-    if dist.is_available() and dist.is_initialized():
+    in_a_group = dist.is_available() and dist.is_initialized()
+    if in_a_group or threading.active_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import TINY, make_pictures, run_here
+from runs import ROOT, TINY, make_pictures, run_here
 
 import bench
 import finetune
@@ -419,6 +421,19 @@ def test_slow_bfloat16_is_said_before_it_starts(bfloat16, says, monkeypatch, cap
     assert says in line and bool(says) == bool(line)
     train_msn.warn_of_slow_precision("float32", torch.device("cpu"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_thread_that_is_still_at_work_does_not_change_how_a_program_ends():
+    """Nobody waits for it, what was printed arrives, and the exit status is the one asked for."""
+    code = (
+        "import threading, time, train_msn\n"
+        "threading.Thread(target=time.sleep, args=(500,)).start()\n"
+        "print('the last line', end='')\n"
+        "train_msn.end_program(130)\n"
+    )
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "the last line", "")
 
 
 # ---- After a run without labels ------------------------------------------------------------------
