@@ -1182,7 +1182,8 @@ TRACES_DICTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 class ModelOutput(dict if TRACES_DICTS else object):
     """What a model returns, as in transformers: out.logits, out["logits"] or, by position, out[0].
 
-    Fields that are None count as not there. It stores nothing as a dict: the attributes are all.
+    Fields that are None count as not there. What is there is stored twice, as attribute and in the
+    dict, for torch.jit.trace reads dicts past their methods.
     As a whole it is made of a dict or of pairs, too, which accelerate does.
     """
 
@@ -1198,6 +1199,13 @@ class ModelOutput(dict if TRACES_DICTS else object):
     @classmethod
     def field_names(cls) -> list[str]:
         return list(cls.__dataclass_fields__)
+
+    def __setattr__(self, name: str, value) -> None:
+        object.__setattr__(self, name, value)
+        if TRACES_DICTS and value is not None:
+            dict.__setitem__(self, name, value)
+        elif TRACES_DICTS and dict.__contains__(self, name):
+            dict.__delitem__(self, name)
 
     def keys(self) -> list[str]:
         return [name for name in self.field_names() if getattr(self, name) is not None]

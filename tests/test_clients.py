@@ -122,6 +122,15 @@ def test_compiled_models_return_the_same_outputs():
         assert_close(actual, expected)
 
 
+@pytest.mark.skipif(not TRACES_DICTS, reason="torch.jit.trace takes dicts")
+def test_models_can_be_traced():
+    """torch.jit.trace, strict=False, gives the logits of batches of any size."""
+    model = tiny_classifier().eval()
+    traced = torch.jit.trace(model, (IMAGES,), strict=False)
+    images = randn(3, 3, 32, 32)
+    assert_close(traced(images)["logits"], model(images).logits)
+
+
 # -- gradient checkpointing and saving, as Trainer asks for them -----------------------------------
 
 
