@@ -879,6 +879,7 @@ def views_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) -> 
 BATCHES = 8  # of each run
 MEGAPIXELS = 96  # of each run, if a batch can be as large as that takes
 JPEG_QUALITY = 90
+H100_IMAGES_PER_SECOND = 1932  # a compiled step of small-16: assets/results/gpu.json, "step"
 NUM_MADE = 4  # different pictures of a size, of which one is upright
 
 
@@ -923,14 +924,16 @@ def loader_suite(config: TrainConfig, args: argparse.Namespace, setup: Setup) ->
     processes compute, which a busy machine hardly changes.
 
     "Cores a GPU" is how many such cores keep up with a GPU whose training step takes as many
-    images/s as stands beside. By default that is arithmetic, 40 % of an H100's peak: replace it by
-    what `bench.py train` measures on your GPU.
+    images/s as stands beside. By default that is what one H100 took of small-16, compiled; of other
+    settings as many as are the same number of operations.
     """
     if args.cpu_time:
         setup = replace(setup, clock=seconds_of_all_processes)
     gpu_speed = args.gpu_images_per_second
     if not gpu_speed:
-        gpu_speed = ASSUMED_SPEED["bfloat16"] / (step_flops(config) / config.batch_size)
+        small_16 = make_config({"recipe": "small-16"})
+        speed = H100_IMAGES_PER_SECOND * step_flops(small_16) / small_16.batch_size  # in FLOP/s
+        gpu_speed = speed / (step_flops(config) / config.batch_size)
 
     with tempfile.TemporaryDirectory() as folder, one_core():
         groups = {}
@@ -2835,8 +2838,8 @@ def add_loader_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="what a GPU takes: images/s of bench.py train or of bench.py gpu there (default: 40 "
-        "%% of an H100's peak, by arithmetic)",
+        help="what a GPU takes: images/s of bench.py train or of bench.py gpu there (default: what "
+        f"is as much work as {H100_IMAGES_PER_SECOND} of small-16, which one H100 takes)",
     )
     parser.set_defaults(threads=1)
 
