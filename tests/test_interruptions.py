@@ -135,7 +135,7 @@ def test_a_second_signal_ends_a_process_that_never_gets_to_the_first(first, seco
     time.sleep(0.2)
     assert process.poll() is None
     process.send_signal(second)
-    assert process.wait(timeout=60) == 128 + second
+    assert process.wait(timeout=60) in (128 + second, -second)  # by us, or by the system
 
 
 # -- workers that die or stall ---------------------------------------------------------------------
