@@ -305,6 +305,9 @@ class FinetuneConfig:
 
 # ---- The logistic probe on frozen features (paper, Appendix A.2) ---------------------------------
 #
+# The features of an image are its class token from the target encoder, before the final norm
+# (ViTMSNModel.representation).
+#
 # A linear classifier W without intercept: image i, with prepared features x_i (center_and_scale)
 # and label y_i, has the class probabilities p_i = softmax(W x_i). Over the b labelled images, W is
 # the minimiser of
@@ -317,9 +320,8 @@ class FinetuneConfig:
 
 
 def center_and_scale(features: Tensor) -> Tensor:
-    """Prepare features for the probe: minus their mean, then scaled to length 1.
-
-    features: b d -> b d, float64. Each image has its own mean and length, over its d numbers.
+    """Prepare features for the probe: the d numbers of an image minus their own mean, then scaled
+    to length 1. Other images do not matter. features: b d -> b d, float64.
     """
     # Departure: the paper's text names logistic regression only. Centring, scaling and the missing
     # intercept are what the official code's numbers show (tests/golden/logistic.npz).
@@ -345,9 +347,9 @@ def fit_logistic_probe(
     before it gets there at a lambda as small as 0.0025.)
     """
     # The part of a row of W that is orthogonal to all x_i changes no logit and only adds to |W|^2:
-    # at the minimum it is 0. So we search in the space that the x_i span, which with few labelled
-    # images has b dimensions, not d. x and w are in its coordinates (of an orthonormal basis, so
-    # that |W| is the same); the last line goes back.
+    # at the minimum it is 0. So we search in the space that the x_i span, of at most min(b, d)
+    # dimensions; in the functions below, d is that number. x and w are in its coordinates (of an
+    # orthonormal basis, so that |W| is the same); the last line goes back.
     basis, _ = torch.linalg.qr(features.double().T)
     x = features.double() @ basis
     num_images, dimensions = x.shape
@@ -372,8 +374,8 @@ def newton_step(x: Tensor, p: Tensor, gradient: Tensor, l2: float) -> Tensor:
 
     H has (classes d)^2 entries, too many to write down; conjugate gradients only need its product
     with a direction (`hessian_product`). They need fewer rounds when they may divide the residual
-    by a matrix M that is like H but easy to invert. Our M takes every class for an average one, and
-    leaves out that a change of one class's logit changes the other probabilities:
+    by a matrix M that is like H but easy to invert. Our M has the mean over classes in place of
+    each class's own p (1 - p), and leaves out the terms between two classes:
 
         M = (1/b) sum_i m_i x_i x_i^T  +  (lambda / b) I,   m_i = mean of p_ic (1 - p_ic) over c,
 

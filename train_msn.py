@@ -133,7 +133,8 @@ class TrainConfig:
     blur_sigma: tuple = opt((0.1, 2.0), "deviation of the blur in pixels", range=(1e-3, 100))
     anchor_view: str = opt(
         "own",
-        "augmentation of random anchor views (table 9)",
+        "random views: crop and colours of their own, or of the target view, with another jitter "
+        "(recolored) or with the same one (target), as in table 9",
         choices=("own", "recolored", "target"),
     )
     # Pictures from files (the same rules for all of them)
@@ -318,7 +319,7 @@ def make_views(batch: Batch, config: TrainConfig, step: int, my_images: slice) -
     num_large = num_views - num_small
     generator = generator_for(config.seed, VIEWS, step)
     draws = draw_views(config.batch_size, num_views, generator)
-    copy_target_draws(draws, config)
+    copy_target_draws(draws, config)  # nothing, but for table 9's variants
     draws = {name: numbers[:, my_images] for name, numbers in draws.items()}
 
     # The target view and the random views, and focal views to be masked: large crops of one size.
@@ -493,7 +494,7 @@ def train(
     my_images = processes.share_of(config.batch_size)
     inputs = InputsAhead(config, data.train, steps, my_images, processes.device)
     done = steps.start
-    at_once = done == 0 and processes.count == 1
+    at_once = done == 0 and processes.count == 1  # nothing can be lost: Ctrl-C need not wait
 
     with StopSignals(at_once) as signals, inputs:
         for step in steps:
@@ -1058,11 +1059,11 @@ def color_jitter(
         for kind in range(len(COLOR_OPERATIONS)):
             lists.append(places_of(apply & (order[:, place] == kind)))
     lengths = [len(images) for images in lists]
-    lists = iter(send(torch.cat(lists), pixels.device).split(lengths))
+    remaining = iter(send(torch.cat(lists), pixels.device).split(lengths))
 
     for _ in range(len(COLOR_OPERATIONS)):
         for kind, operation in enumerate(COLOR_OPERATIONS):
-            images = next(lists)
+            images = next(remaining)
             pixels[images] = operation(pixels[images], factors[images, kind])
     return pixels
 
@@ -1176,8 +1177,8 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
 
     Newton and Schulz's iteration: x <- a x + b (x x^T) x + c (x x^T)^2 x. Products of x and x^T
     leave the singular vectors alone, and turn a singular value s into a s + b s^3 + c s^5. With the
-    numbers below, that sends all of (0, 1], again and again, to somewhere around 1, small ones
-    fast. All in products of matrices, which is quick where a singular value decomposition is slow.
+    numbers below, each iteration pushes singular values in (0, 1] towards 1, small ones fastest.
+    All in products of matrices, which is quick where a singular value decomposition is slow.
     matrices: m rows columns, rows <= columns, float32 -> the same.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -1194,9 +1195,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, then a step in which all directions of a matrix are as long: orthogonalize.
 
     A gradient has a few large singular values and many small ones, so most directions of a matrix
-    learn slowly. Groups have "pieces": of how many square matrices, one below another, each
-    parameter is. The learning rate and the decay are AdamW's: a step is as long as one of AdamW's
-    usually is, 0.2 in each entry.
+    learn slowly. Groups have "pieces": how many matrices, one below another, a parameter holds.
+    The learning rate and the decay are AdamW's, since a step is about as long as one of AdamW's:
+    the root mean square of its entries is 0.2 times the learning rate.
     """
 
     def __init__(self, groups: list[dict], momentum: float = 0.95):

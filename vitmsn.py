@@ -223,7 +223,7 @@ def take_patches(x: Tensor, patches_to_keep: Tensor | None) -> Tensor:
 def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(dh)) v, and the softmax itself: the probabilities.
+    """softmax(q k^T / sqrt(dh)) v, and the probabilities: the softmax, after dropout if any.
 
     query, key, value: b h n dh, where dh = d / h -> b h n dh, b h n n. The query may have fewer
     tokens than key and value; so have the two results then.
@@ -257,8 +257,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x: b n d -> b n d, and the probabilities b h n n if asked for, else None.
 
-        class_token_only: nothing but what the class token receives, b 1 d. It alone has a query
-        then, but every token still has a key and a value.
+        class_token_only: nothing but what the class token receives, b 1 d (and b h 1 n). It alone
+        has a query then, but every token still has a key and a value.
         """
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         if class_token_only:
@@ -625,7 +625,8 @@ def classification_loss(logits: Tensor, labels: Tensor, config: ViTMSNConfig) ->
 
 # ---- Similarity Metric and Predictions (paper, Section 3) ----------------------------------------
 #
-# This section and the next can be copied as they are. They need these imports:
+# This section and the next can be copied as they are; then call msn_loss, with prototypes that your
+# optimizer updates and a target encoder that you move (as update_target does). They need:
 #     import math
 #     from collections.abc import Callable
 #     from contextlib import AbstractContextManager, nullcontext
@@ -695,10 +696,10 @@ def batch_logsumexp(log_p: Tensor, all_reduce: AllReduce) -> Tensor:
 def sinkhorn(log_p: Tensor, iterations: int = 3, all_reduce: AllReduce = one_process) -> Tensor:
     """Sinkhorn balancing (paper, Appendix A.1) in logarithms. log_p: b k, any values -> b k.
 
-    Keeps the targets from all choosing the same few prototypes. Each iteration first gives every
-    prototype the same share of the batch, and then lets the assignment of every image sum to 1,
-    which leaves a prototype with about b / k. At the end only the images' sums are exact. (The
-    usual form scales the shares to 1/k and 1/b; these constants cancel.)
+    Keeps the targets from all choosing the same few prototypes. Each iteration first scales the
+    column of every prototype to the same sum, 1, and then the line of every image to the sum 1.
+    After that a column sums to about b / k, where b counts the images of all processes: only the
+    sums of lines are exact. (The usual form has sums of 1/k and 1/b; these constants cancel.)
     """
     for _ in range(iterations):
         log_p = log_p - batch_logsumexp(log_p, all_reduce)  # prototypes: each column sums to 1
