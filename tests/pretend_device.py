@@ -33,7 +33,8 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_iter, tree_map
 
 NAME = "pretend"
-PROJECT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+OUR_FOLDERS = (TESTS, TESTS.parent)  # not what lies deeper: a virtual environment may, with torch
 
 # Writing a device in Python is younger than torch 2.6, still private, and may change.
 REGISTRATION = "_setup_privateuseone_for_python_backend"
@@ -240,7 +241,7 @@ def current_place() -> str:
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         function = frame.f_code.co_name  # such as train_step, or <listcomp>, <genexpr>, <lambda>
-        ours = path.is_relative_to(PROJECT) and path.name != Path(__file__).name
+        ours = path.parent in OUR_FOLDERS and path.name != Path(__file__).name
         if ours and not function.startswith("<"):
             return f"{path.stem}.{function}"
         frame = frame.f_back
