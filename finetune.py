@@ -1489,7 +1489,9 @@ def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) 
     layer looks. Each head has its own scale, from where it looks least to where it looks most."""
     folder = Path(config.output_dir or run_folder(config.checkpoint) / "attention")
     check_writable(folder / "0000.png", "--output-dir")
-    large_pictures = ImageFiles(pictures.paths, ATTENTION_CELL, PICTURE_CACHE, check=False)
+    large_pictures = ImageFiles(
+        pictures.paths, ATTENTION_CELL, PICTURE_CACHE, check=False, rules=pictures.rules
+    )
     for i, path in enumerate(pictures.paths):
         seen, maps = attention_maps(model, pictures, i)
         picture = picture_of(large_pictures, i)  # with more pixels than the model sees, if it has
@@ -1522,7 +1524,7 @@ def attention_maps(model: ViTMSNModel, pictures: ImageFiles, i: int) -> tuple[np
     """
     size = model.config.image_size
     flat, _ = embed_images(None, pictures, [i], size, torch.device("cpu"))
-    pixels = flat.reshape(1, 3, size, size)
+    pixels = flat.reshape(1, model.config.num_channels, size, size)
 
     output = model(pixels.to(model.cls_token.device), output_attentions=True)
     last_layer = output.attentions[-1]  # b h n n, where token 0 is the class token

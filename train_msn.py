@@ -38,7 +38,7 @@ import threading
 import time
 import unicodedata
 import urllib.request
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
@@ -56,10 +56,10 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from vitmsn import IMAGENET_MEAN, IMAGENET_STD, Preprocessor, constant, normalize
-from vitmsn import FROM_THE_VALUES, PictureRules, TooManyPixels
+from vitmsn import Preprocessor, constant, imagenet_statistics, normalize
+from vitmsn import FROM_THE_VALUES, OtherChannels, PictureRules, Seen, TooManyPixels, Values
 from vitmsn import PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNModel
-from vitmsn import deep_values, first_frame, open_picture, orientation_of, turn_upright
+from vitmsn import first_frame, look_at, open_picture, orientation_of, turn_upright
 from vitmsn import from_original, read_tensors, to_original, write_file
 from vitmsn import AllReduce, autocast, log_assign, num_patches_to_keep, one_process
 from vitmsn import sample_block_to_keep, sample_patches_to_keep, sharpen, sinkhorn
@@ -146,6 +146,11 @@ class TrainConfig:
         (0, 0), "floating-point values for black and white; 0 0: found", range=ANY
     )
     max_megapixels: float = opt(256.0, "larger pictures are passed over", range=(1e-6, 10**6))
+    num_channels: int = opt(
+        0,
+        "c: 3 is RGB, 1 grey, others are bands; 0: bands if the files have some, else 3",
+        range=(0, 10**4),
+    )
     # Objective
     temperature: float = opt(0.1, "tau of the anchor assignments", range=(1e-3, 100))
     sharpening: float = opt(0.25, "T at the start; T tau is of the targets", range=(1e-3, 1))
@@ -186,7 +191,11 @@ class TrainConfig:
     def picture_rules(self) -> PictureRules:
         """How pictures from files become pixels. Raises ValueError for what is no background."""
         return PictureRules(
-            self.background, self.integer_range, self.float_range, self.max_megapixels
+            self.background,
+            self.integer_range,
+            self.float_range,
+            self.max_megapixels,
+            self.num_channels,
         )
 
     def model_config(self) -> ViTMSNConfig:
@@ -200,6 +209,7 @@ class TrainConfig:
             intermediate_size=self.intermediate_size or 4 * self.hidden_size,
             image_size=self.image_size,
             patch_size=self.patch_size,
+            num_channels=self.num_channels or 3,
             initializer_range=self.initializer_range,
             drop_path_rate=self.drop_path_rate,
             extra={"picture_rules": rules} if rules else {},
@@ -362,7 +372,10 @@ def draw_masks(config: TrainConfig, step: int) -> list[Tensor]:
 def views_of_one_size(
     batch: Batch, draws: dict[str, Tensor], config: TrainConfig, size: int, scale: tuple
 ) -> tuple[Tensor, ...]:
-    """v views of each image. draws: name -> v b count -> v tensors b 3 size size, normalised."""
+    """v views of each image. draws: name -> v b count -> v tensors b c size size, normalised.
+
+    Of images that are not RGB, only brightness and contrast are jittered, and none becomes grey.
+    """
     num_views = len(draws["crop"])
     draws = {name: numbers.flatten(0, 1) for name, numbers in draws.items()}  # (v b) count
 
@@ -375,8 +388,9 @@ def views_of_one_size(
         strength = config.color_jitter
         pixels = color_jitter(pixels, strength, jitter, draws["factors"], draws["order"])
 
-    grey = send(places_of(draws["grey"][:, 0] < config.grey), pixels.device)
-    pixels[grey] = to_grey(pixels[grey]).expand(-1, 3, -1, -1)
+    if is_rgb(pixels):
+        grey = send(places_of(draws["grey"][:, 0] < config.grey), pixels.device)
+        pixels[grey] = to_grey(pixels[grey]).expand(-1, 3, -1, -1)
 
     blurred = draws["blur"][:, 0] < config.blur
     if blurred.any():
@@ -978,19 +992,26 @@ def resize_matrix(start: Tensor, length: Tensor, num_inputs: int, size: int) -> 
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
+def is_rgb(pixels: Tensor) -> bool:
+    """Whether these are colours: all else are bands of any meaning. pixels: b c h w."""
+    return pixels.shape[1] == 3
+
+
 def to_grey(pixels: Tensor) -> Tensor:
-    """Luma of RGB (ITU-R 601-2, as in Pillow). pixels: b 3 h w -> b 1 h w."""
+    """Luma of RGB (ITU-R 601-2, as in Pillow), or the mean of other bands. b c h w -> b 1 h w."""
+    if not is_rgb(pixels):
+        return pixels.mean(dim=1, keepdim=True)
     red, green, blue = pixels.split(1, dim=1)
     return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def adjust_brightness(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Mix with black, or go away from it. pixels: b 3 h w, factor: b 1 1 1 (1: as it is)."""
+    """Mix with black, or go away from it. pixels: b c h w, factor: b 1 1 1 (1: as it is)."""
     return (pixels * factor).clamp_(0, 1)
 
 
 def adjust_contrast(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Mix with the image's mean grey. pixels: b 3 h w, factor: b 1 1 1 (1: as it is)."""
+    """Mix with the image's mean grey. pixels: b c h w, factor: b 1 1 1 (1: as it is)."""
     mean_grey = to_grey(pixels).mean(dim=(1, 2, 3), keepdim=True)
     return torch.lerp(mean_grey, pixels, factor).clamp_(0, 1)
 
@@ -1033,7 +1054,8 @@ def adjust_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(least, chroma, fullness)
 
 
-# As torchvision and Pillow define them, in the order of the random factors.
+# As torchvision and Pillow define them, in the order of the random factors. The last two are for
+# RGB alone.
 COLOR_OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
@@ -1042,7 +1064,8 @@ def color_jitter(
 ) -> Tensor:
     """SimCLR's colour jitter, in place: four adjustments, in an order of each image's own.
 
-    pixels: b 3 h w in [0, 1]; apply: b, which images; u_factors, u_order: b 4, uniform in [0, 1).
+    Of what is not RGB, the first two. pixels: b c h w in [0, 1]; apply: b, which images;
+    u_factors, u_order: b 4, uniform in [0, 1).
     """
     # Brightness, contrast and saturation are factors around 1, hue is a shift around 0.
     middle = torch.tensor([1.0, 1.0, 1.0, 0.0])
@@ -1054,15 +1077,16 @@ def color_jitter(
     # The images that brightness comes first in, those that contrast comes first in, ... those that
     # hue comes last in: 16 lists, sent to the device as one.
     order = u_order.argsort(dim=1)  # b 4: which operation comes first, second, ... in each image
+    operations = COLOR_OPERATIONS if is_rgb(pixels) else COLOR_OPERATIONS[:2]
     lists = []
     for place in range(len(COLOR_OPERATIONS)):
-        for kind in range(len(COLOR_OPERATIONS)):
+        for kind in range(len(operations)):
             lists.append(places_of(apply & (order[:, place] == kind)))
     lengths = [len(images) for images in lists]
     remaining = iter(send(torch.cat(lists), pixels.device).split(lengths))
 
     for _ in range(len(COLOR_OPERATIONS)):
-        for kind, operation in enumerate(COLOR_OPERATIONS):
+        for kind, operation in enumerate(operations):
             images = next(remaining)
             pixels[images] = operation(pixels[images], factors[images, kind])
     return pixels
@@ -1339,6 +1363,11 @@ CIFAR10_CLASSES = [
 
 def open_data(config: TrainConfig) -> Images:
     """What --data names: synthetic, cifar10, or a folder."""
+    if config.data in ("synthetic", "cifar10") and config.num_channels not in (0, 3):
+        raise UsageError(
+            f"num_channels={config.num_channels}: the images of {config.data} have 3; use 3, or "
+            "pass a folder of pictures."
+        )
     if config.data == "synthetic":
         return synthetic_images(config.seed)
     if config.data == "cifar10":
@@ -1393,9 +1422,9 @@ class ImageFiles(Dataset):
         """What some of the files are like, evenly spaced: all of them, if they are few."""
         count = min(len(self), SAMPLE)
         tried = [k * len(self) // count for k in range(count)]
-        self.rules = self.rules.completed(self.deep_pictures(tried))
+        self.rules = self.rules.completed(self.look_at(tried))
 
-        sample = PictureSample(count, {}, [], [])
+        sample = PictureSample(count)
         for i in tried:
             path = self.paths[i]
             pixels = self.read(i)
@@ -1404,18 +1433,20 @@ class ImageFiles(Dataset):
                 continue
             if has_one_colour(pixels):
                 sample.of_one_colour.append(path)
-            if has_several_frames(path, self.rules):
-                sample.of_several_frames.append(path)
+            with open_picture(path, self.rules) as picture:
+                if has_several_frames(picture):
+                    sample.of_several_frames.append(path)
+                if has_alpha(picture):
+                    sample.with_alpha.append(path)
         return sample
 
-    def deep_pictures(self, indices: list[int]) -> Iterator[np.ndarray]:
-        """The values of those pictures that have more than 8 bits."""
+    def look_at(self, indices: list[int]) -> Iterator[Seen]:
+        """What those pictures that can be read tell of the rules for all."""
         for i in indices:
-            values = None
             with suppress(Exception):  # it is said when the picture is read
-                values = deep_values(self.paths[i], self.rules)
-            if values is not None:
-                yield values
+                with open_picture(self.paths[i], self.rules) as picture:
+                    seen = look_at(picture)
+                yield seen
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -1544,6 +1575,8 @@ def why_unreadable(error: Exception) -> str:
     """What an error in reading a file says to people: its kind, a colon, more if there is more."""
     if isinstance(error, TooManyPixels):
         return f"too large: {error}"
+    if isinstance(error, OtherChannels):
+        return f"of other channels: {error}"
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, UnidentifiedImageError):
@@ -1555,26 +1588,30 @@ def why_unreadable(error: Exception) -> str:
 
 
 def load_image(path: Path, side: int, rules: PictureRules | None = None) -> np.ndarray:
-    """A picture file as uint8, height width 3, upright.
+    """A picture file as uint8, height width c, upright.
 
     Its shorter side is reduced to at most `side` pixels, and its longer one to at most four times
-    that. Raises TooManyPixels and whatever Pillow raises.
+    that. Raises TooManyPixels, OtherChannels and whatever Pillow raises.
     """
     rules = rules or PictureRules()
-    with open_picture(path, rules) as file:
-        drafted = file.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size
-        image = first_frame(file, 3, rules)
-        orientation = orientation_of(file)
+    drafted = None
+    with open_picture(path, rules) as picture:
+        if isinstance(picture, Image.Image):
+            drafted = picture.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size
+        layers = first_frame(picture, rules)
+        orientation = orientation_of(picture)
 
     # A fraction of the size may end within the last row and column, which are wider than the rest
     # of the picture then. So what is resized is the fractional box that the picture fills.
-    box = drafted[1] if drafted else (0, 0, *image.size)
+    box = drafted[1] if drafted else (0, 0, *layers[0].size)
     width, height = box[2:]
     scale = min(1, side / min(width, height), 4 * side / max(width, height))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     if size != (width, height):
-        image = image.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=2)
-    return np.asarray(turn_upright(image, orientation))
+        how = Image.Resampling.BILINEAR
+        layers = [layer.resize(size, how, box, reducing_gap=2) for layer in layers]
+    layers = [turn_upright(layer, orientation) for layer in layers]
+    return np.asarray(layers[0]) if layers[0].mode == "RGB" else np.dstack(layers)
 
 
 # Pillow would give the memory of each picture back to the system and get it anew, page by page,
@@ -1591,9 +1628,10 @@ class PictureSample:
     """What was found among some picture files."""
 
     tried: int
-    unreadable: dict[Path, str]  # file -> why
-    of_one_colour: list[Path]
-    of_several_frames: list[Path]
+    unreadable: dict[Path, str] = field(default_factory=dict)  # file -> why
+    of_one_colour: list[Path] = field(default_factory=list)
+    of_several_frames: list[Path] = field(default_factory=list)
+    with_alpha: list[Path] = field(default_factory=list)
 
     def __add__(self, other: "PictureSample") -> "PictureSample":
         return PictureSample(
@@ -1601,6 +1639,7 @@ class PictureSample:
             self.unreadable | other.unreadable,
             self.of_one_colour + other.of_one_colour,
             self.of_several_frames + other.of_several_frames,
+            self.with_alpha + other.with_alpha,
         )
 
     def reasons(self, folder: Path | None) -> str:
@@ -1642,6 +1681,11 @@ class PictureSample:
                 f"{len(self.of_several_frames)} of {self.tried} pictures tried have several frames "
                 "or pages: the first that is not of one colour is taken"
             )
+        if self.with_alpha and rules.num_channels in (1, 3):
+            notes.append(
+                f"{len(self.with_alpha)} of {self.tried} pictures tried have an alpha channel: "
+                f"they are put on {rules.background} (--background sets it)"
+            )
         for name, kind in (("integer_range", "more than 8 bits"), ("float_range", "real numbers")):
             low, high = getattr(rules, name)
             if (low, high) != FROM_THE_VALUES and getattr(wanted, name) == FROM_THE_VALUES:
@@ -1650,6 +1694,10 @@ class PictureSample:
                     f"pictures of {kind}: {low:g} becomes black, {high:g} white (found on those "
                     f"tried; {flag} sets it)"
                 )
+        if rules.num_channels != 3 and not wanted.num_channels:
+            notes.append(
+                f"pictures of {rules.num_channels} bands, not colours (--num-channels sets it)"
+            )
         return notes
 
 
@@ -1658,10 +1706,17 @@ def has_one_colour(pixels: np.ndarray) -> bool:
     return bool((pixels == pixels[:1, :1]).all())
 
 
-def has_several_frames(path: Path, rules: PictureRules) -> bool:
-    """Whether a picture that can be read is an animation or has pages (a JPEG has none)."""
-    with open_picture(path, rules) as image:
-        return image.format not in ("JPEG", "MPO") and getattr(image, "n_frames", 1) > 1
+def has_several_frames(picture: Image.Image | Values) -> bool:
+    """Whether a picture is an animation or has pages (a JPEG has none)."""
+    is_jpeg = getattr(picture, "format", "") in ("JPEG", "MPO")
+    return not is_jpeg and getattr(picture, "n_frames", 1) > 1
+
+
+def has_alpha(picture: Image.Image | Values) -> bool:
+    """Whether a picture in grey or colours may be transparent."""
+    if isinstance(picture, Values):
+        return picture.are_colours and picture.values.shape[-1] in (2, 4)
+    return picture.has_transparency_data
 
 
 def step_batches(
@@ -1875,6 +1930,7 @@ VAL_NAMES = ("val", "valid", "validation", "test")
 # What desktops and file servers leave behind, beside names that begin with a dot.
 LEFT_BEHIND = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information")
 ONLY_IDENTIFIED = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that Pillow knows but never decodes
+ARRAYS = ".npy"  # pictures, too, where there are no others
 MOST_REASONS = 8  # that a line gives, the commonest ones
 MOST_NAMES = 3  # of files that it names
 
@@ -1930,7 +1986,8 @@ def find_pictures(folder: Path) -> FoundFiles:
     """All picture files below a folder. Raises UsageError if there are none.
 
     Hidden files and folders are neither pictures nor looked into. Links are followed, but not those
-    that lead back up.
+    that lead back up. Arrays are pictures if there are no others: beside some, they may be features
+    or labels.
     """
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "is not found"
@@ -1939,6 +1996,8 @@ def find_pictures(folder: Path) -> FoundFiles:
         )
     found = FoundFiles(folder, [], {})
     look_into(folder, (), picture_endings(), found)
+    if not found.pictures:
+        found.pictures = found.passed_over.pop(ARRAYS, [])
     found.pictures.sort()
     if not found.pictures:
         reasons = "; ".join(found.summary()) or "it is empty"
@@ -2105,6 +2164,11 @@ def tree_notes(tree: PictureTree, found: FoundFiles, val_names: list[str]) -> tu
         notes.append(note)
     if tree.why_no_labels:
         notes.append(f"no labels, so no k-NN: {tree.why_no_labels}")
+    taken = tree.train if tree.why_no_labels else tree.train + tree.val
+    endings = Counter(path.suffix.lower() for path in taken)
+    if len(endings) > 1:
+        counts = [f"{count} {ending}" for ending, count in endings.most_common()]
+        notes.append(f"taken: {', '.join(counts)}")
     return (*notes, *found.summary())
 
 
@@ -3839,12 +3903,13 @@ def save_pictures(
 def to_picture(
     pixels: Tensor, patches_to_keep: Tensor | None = None, patch_size: int = 1
 ) -> np.ndarray:
-    """A normalised image as uint8, its dropped patches in a pale orange. pixels: 3 h w,
+    """A normalised image as uint8, its dropped patches in a pale orange. pixels: c h w,
     patches_to_keep: r, None for all -> h w 3."""
-    mean = constant(IMAGENET_MEAN, pixels.dtype, pixels.device)[:, None, None]
-    std = constant(IMAGENET_STD, pixels.dtype, pixels.device)[:, None, None]
-    colours = (pixels.float() * std + mean).clamp(0, 1) * 255
-    picture = colours.byte().permute(1, 2, 0).cpu().numpy()
+    mean, std = imagenet_statistics(len(pixels))
+    mean = constant(mean, pixels.dtype, pixels.device)[:, None, None]
+    std = constant(std, pixels.dtype, pixels.device)[:, None, None]
+    values = (pixels.float() * std + mean).clamp(0, 1) * 255
+    picture = as_colours(values.byte())
     if patches_to_keep is None:
         return picture
 
@@ -3853,6 +3918,13 @@ def to_picture(
     is_kept = is_kept.reshape(side, side, 1)
     is_kept = is_kept.repeat(patch_size, 0).repeat(patch_size, 1)  # from patches to pixels
     return np.where(is_kept, picture, DROPPED)
+
+
+def as_colours(pixels: Tensor) -> np.ndarray:
+    """What people are shown of an image: RGB, the first three of more bands, or the first one of
+    fewer, in grey. pixels: c h w, uint8 -> h w 3."""
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+    return shown.permute(1, 2, 0).cpu().numpy()
 
 
 def save_views(path: Path, views: Views, config: TrainConfig) -> None:
@@ -3987,8 +4059,8 @@ def nearest_titles(features: Tensor) -> list[str]:
 
 
 def picture_of(images: Dataset, i: int) -> np.ndarray:
-    """Image i of a data set, h w 3."""
-    return images.__getitems__([i]).images[0].permute(1, 2, 0).numpy()
+    """Image i of a data set as people are shown it, h w 3."""
+    return as_colours(images.__getitems__([i]).images[0])
 
 
 def save_curves(folder: Path, config: TrainConfig, baselines: dict[str, float]) -> None:
@@ -4485,8 +4557,8 @@ def main(argv: list[str]) -> None:
     check_same_images(content, data, config)
     if data.picture_rules:  # so that the run's folder and its encoder know what was found
         found = data.picture_rules
-        ranges = {"integer_range": found.integer_range, "float_range": found.float_range}
-        config = replace(config, **ranges)
+        names = ("integer_range", "float_range", "num_channels")
+        config = replace(config, **{name: getattr(found, name) for name in names})
     if len(data.train) < config.batch_size:
         raise UsageError(
             f"{len(data.train)} training images are fewer than batch_size={config.batch_size}; "

@@ -31,26 +31,30 @@ view, then all b of the second, and so on. (In the objective p is a probability,
 import copy
 import difflib
 import inspect
+import io
 import json
 import math
 import os
 import re
+import struct
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cache, partial, wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageColor
+from PIL import TiffImagePlugin as tiff
+from PIL import TiffTags
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -2148,6 +2152,7 @@ class PictureRules:
     integer_range: Range = FROM_THE_VALUES
     float_range: Range = FROM_THE_VALUES
     max_megapixels: float = 256.0  # larger files are not opened: they could fill the memory
+    num_channels: int = 0  # 3: RGB, 1: grey, others: bands as the files have them; 0: found
 
     def __post_init__(self):
         try:
@@ -2167,6 +2172,7 @@ class PictureRules:
         saved = config.extra.get("picture_rules", {})
         try:
             known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
+            known["num_channels"] = config.num_channels
             for name in ("integer_range", "float_range"):
                 known[name] = tuple(map(float, known.get(name, FROM_THE_VALUES)))
             return cls(**known)
@@ -2174,22 +2180,56 @@ class PictureRules:
             raise ValueError(f"picture_rules={saved!r} of config.json: {error}") from None
 
     def changes(self) -> dict:
-        """What differs from the defaults, by name: for the `extra` of a config."""
-        defaults = asdict(PictureRules())
+        """What differs from the defaults, by name, for the `extra` of a config, which has
+        num_channels of its own."""
+        defaults = asdict(PictureRules(num_channels=self.num_channels))
         changed = {name: value for name, value in asdict(self).items() if value != defaults[name]}
         return json.loads(json.dumps(changed))  # lists for pairs, as a config.json has them
 
-    def completed(self, deep_pictures: Iterable[np.ndarray]) -> "PictureRules":
-        """With the ranges that are still open found on some pictures, which count alike."""
+    def completed(self, seen: Iterable["Seen"]) -> "PictureRules":
+        """With what is still open found on some pictures, which count alike."""
+        channels: list[int] = []
         samples: dict[str, list[np.ndarray]] = {"integer_range": [], "float_range": []}
-        for values in deep_pictures:
+        for num_channels, values in seen:
+            channels.append(num_channels)
+            if values is None:
+                continue
             name = "float_range" if is_float(values) else "integer_range"
             finite = values[np.isfinite(values)]
             if finite.size and getattr(self, name) == FROM_THE_VALUES:
                 shares = np.linspace(0, 1, 1001)
                 samples[name].append(np.quantile(finite, shares, method="nearest"))
+
         found = {name: find_range(np.stack(parts)) for name, parts in samples.items() if parts}
+        if channels and not self.num_channels:
+            found["num_channels"] = max(channels, key=channels.count)  # the commonest
         return replace(self, **found)
+
+
+class Values(NamedTuple):
+    """What a file holds that Pillow does not give in full, or an array."""
+
+    values: np.ndarray  # h w c
+    are_colours: bool  # grey or RGB, perhaps with alpha behind; otherwise bands of any meaning
+    orientation: int = 1  # by EXIF's numbers
+    n_frames: int = 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, as an image of Pillow's has them."""
+        height, width, _ = self.values.shape
+        return width, height
+
+
+class Seen(NamedTuple):
+    """What a picture tells of the rules that its data set needs."""
+
+    num_channels: int
+    deep_values: np.ndarray | None  # those of its colours or bands, if they have more than 8 bits
+
+
+class OtherChannels(ValueError):
+    """A picture's channels can't be made the ones that are asked for."""
 
 
 class TooManyPixels(ValueError):
@@ -2226,23 +2266,38 @@ pillows_guards = PillowsGuards()
 
 
 @contextmanager
-def open_picture(path: str | os.PathLike, rules: PictureRules) -> Iterator[Image.Image]:
-    """A picture file, opened by Pillow. Raises TooManyPixels or whatever Pillow raises."""
-    with pillows_guards, Image.open(path) as image:
-        megapixels = image.width * image.height / 1e6
-        if megapixels > rules.max_megapixels:
-            raise TooManyPixels(
-                f"{image.width} x {image.height} are {megapixels:.3g} megapixels, above the limit "
-                f"max_megapixels={rules.max_megapixels:g}; raise it if you trust the file"
-            )
-        yield image
+def open_picture(path: str | os.PathLike, rules: PictureRules) -> Iterator["Image.Image | Values"]:
+    """A picture file, opened by Pillow, or its values where Pillow does not give all of them.
+
+    Raises TooManyPixels or whatever Pillow raises.
+    """
+    with pillows_guards, open(path, "rb") as file:
+        values = read_values(file, rules)
+        if values is not None:
+            yield values
+            return
+        with Image.open(path) as image:
+            check_size(*image.size, rules)
+            yield image
 
 
-def orientation_of(image: Image.Image) -> int:
+def check_size(width: int, height: int, rules: PictureRules) -> None:
+    """Raise TooManyPixels for a picture that is larger than the limit."""
+    megapixels = width * height / 1e6
+    if megapixels > rules.max_megapixels:
+        raise TooManyPixels(
+            f"{width} x {height} are {megapixels:.3g} megapixels, above the limit "
+            f"max_megapixels={rules.max_megapixels:g}; raise it if you trust the file"
+        )
+
+
+def orientation_of(picture: Image.Image | Values) -> int:
     """How the camera was held, by EXIF's numbers: 1 is upright, which is assumed if the EXIF data
     can't be parsed. Ask for it after the pixels: Pillow turns some formats itself."""
+    if isinstance(picture, Values):
+        return picture.orientation
     try:
-        return image.getexif().get(EXIF_ORIENTATION, 1)
+        return picture.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # Pillow's parser raises every kind there is on damaged data
         return 1
 
@@ -2296,56 +2351,357 @@ def to_bytes(values: np.ndarray, rules: PictureRules) -> np.ndarray:
     return np.nan_to_num(scaled.round(), nan=0).clip(0, 255).astype(np.uint8)
 
 
-def to_8_bit(image: Image.Image, channels: int, rules: PictureRules) -> Image.Image:
-    """The present frame of a picture in 8 bits, on the background where it is transparent: RGB, or
-    grey if channels is 1.
+def to_layers(picture: Image.Image | Values, rules: PictureRules) -> list[Image.Image]:
+    """The present frame of a picture in 8 bits: one image, RGB or grey, or an image of each band.
+
+    Raises OtherChannels.
+    """
+    if isinstance(picture, Image.Image) and is_deep(picture):
+        picture = Values(np.asarray(picture)[..., None], are_colours=True)
+    if isinstance(picture, Image.Image):
+        return colour_layers(picture, rules)
+    if picture.are_colours:
+        return colour_layers(colours_to_image(picture.values, rules), rules)
+
+    num_bands = picture.values.shape[-1]
+    if rules.num_channels not in (0, num_bands):
+        refuse_channels(f"{num_bands} bands", num_bands, rules)
+    return [Image.fromarray(to_bytes(band, rules)) for band in np.moveaxis(picture.values, -1, 0)]
+
+
+def colours_to_image(values: np.ndarray, rules: PictureRules) -> Image.Image:
+    """Grey or RGB of any depth, perhaps with alpha behind (h w c), in 8 bits."""
+    num_colours = 3 if values.shape[-1] >= 3 else 1
+    bands = [to_bytes(values[..., :num_colours], rules)]
+    if values.shape[-1] > num_colours:
+        alpha = values[..., num_colours:]
+        full = 1.0 if is_float(alpha) else np.iinfo(alpha.dtype).max  # whatever range colours use
+        bands.append(to_bytes(alpha, PictureRules(integer_range=(0, full), float_range=(0, full))))
+    picture = np.concatenate(bands, axis=-1)
+    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+
+
+def colour_layers(image: Image.Image, rules: PictureRules) -> list[Image.Image]:
+    """to_layers of an 8-bit image in grey or colours: RGB, or grey for one channel, on the
+    background where it is transparent; or colours and alpha as bands, if so many are asked for.
 
     Departure: data sets are usually read by Image.convert("RGB"), as torchvision's are, which drops
-    the alpha channel: what is drawn in it alone is lost. (transformers' image processors composite
-    on white, too, if do_convert_rgb is set; its load_image drops it.)
+    the alpha channel: what is drawn in it alone is lost. (So does the load_image of transformers,
+    by which its image processors read paths. Given a PIL image or an array, they keep four
+    channels, and composite on white if do_convert_rgb is set.)
     """
-    if is_deep(image):
-        image = Image.fromarray(to_bytes(np.asarray(image), rules))
-    elif image.has_transparency_data:
-        background = Image.new("RGBA", image.size, rules.background)
-        image = Image.alpha_composite(background, image.convert("RGBA"))
-    return image.convert("RGB" if channels == 3 else "L")
+    is_transparent = image.has_transparency_data
+    if rules.num_channels in (0, 1, 3):
+        if is_transparent:
+            background = Image.new("RGBA", image.size, rules.background)
+            image = Image.alpha_composite(background, image.convert("RGBA"))
+        return [image.convert("L" if rules.num_channels == 1 else "RGB")]
+
+    is_grey = image.mode in ("1", "L", "LA", "La")
+    mode = ("L" if is_grey else "RGB") + ("A" if is_transparent else "")
+    if len(mode) != rules.num_channels:
+        refuse_channels(f"{len(mode)} channels ({mode})", 3, rules)
+    return list(image.convert(mode).split())
 
 
-def is_of_one_colour(image: Image.Image) -> bool:
+def refuse_channels(seen: str, would_do: int, rules: PictureRules) -> None:
+    """Raise OtherChannels, which says what would have to be given."""
+    raise OtherChannels(
+        f"a picture has {seen}, num_channels={rules.num_channels}; give pictures of "
+        f"{rules.num_channels} channels, or num_channels={would_do}"
+    )
+
+
+def is_of_one_colour(layers: list[Image.Image]) -> bool:
     """Whether all pixels of an 8-bit picture are the same."""
-    extrema = image.getextrema()
-    bands = [extrema] if image.mode == "L" else extrema
-    return all(low == high for low, high in bands)
+    for layer in layers:
+        extrema = layer.getextrema()
+        bands = [extrema] if layer.mode == "L" else extrema
+        if any(low != high for low, high in bands):
+            return False
+    return True
 
 
-def first_frame(image: Image.Image, channels: int, rules: PictureRules) -> Image.Image:
-    """The first frame or page that is not of one colour, in 8 bits; if all are, the first one.
+def first_frame(picture: Image.Image | Values, rules: PictureRules) -> list[Image.Image]:
+    """The first frame or page that is not of one colour, by to_layers; if all are, the first one.
 
-    The image is left at that frame. (What a JPEG has beside its picture are no pages.)
+    The image is left at that frame. (What a JPEG has beside its picture are no pages, and Values
+    are of the right one.)
     """
-    start = image.tell()
-    first = to_8_bit(image, channels, rules)
-    if image.format in ("JPEG", "MPO") or not is_of_one_colour(first):
+    if isinstance(picture, Values):
+        return to_layers(picture, rules)
+    start = picture.tell()
+    first = to_layers(picture, rules)
+    if picture.format in ("JPEG", "MPO") or not is_of_one_colour(first):
         return first
 
-    for number in range(start + 1, getattr(image, "n_frames", 1)):
-        image.seek(number)
-        frame = to_8_bit(image, channels, rules)
+    for number in range(start + 1, getattr(picture, "n_frames", 1)):
+        picture.seek(number)
+        frame = to_layers(picture, rules)
         if not is_of_one_colour(frame):
             return frame
-    image.seek(start)
+    picture.seek(start)
     return first
 
 
-def to_rgb(image: Image.Image, channels: int = 3, rules: PictureRules | None = None) -> Image.Image:
-    """Any picture upright, as 8-bit RGB, or as 8-bit grey if channels is 1. It is left at the frame
-    at which it was."""
-    start = image.tell()
-    frame = first_frame(image, channels, rules or PictureRules())
-    upright = turn_upright(frame, orientation_of(image))
-    image.seek(start)
-    return upright
+def upright_layers(picture: Image.Image | Values, rules: PictureRules) -> list[Image.Image]:
+    """first_frame as it was seen when it was taken. An image is left at the frame at which it
+    was."""
+    start = picture.tell() if isinstance(picture, Image.Image) else 0
+    layers = first_frame(picture, rules)
+    orientation = orientation_of(picture)
+    if isinstance(picture, Image.Image):
+        picture.seek(start)
+    return [turn_upright(layer, orientation) for layer in layers]
+
+
+def look_at(picture: Image.Image | Values) -> Seen:
+    """What a picture tells of the rules that its data set needs. (Grey ones go with RGB.)"""
+    if isinstance(picture, Image.Image):
+        return Seen(3, np.asarray(picture) if is_deep(picture) else None)
+    values = picture.values
+    num_channels = values.shape[-1]
+    if picture.are_colours:
+        values = values[..., : 3 if num_channels >= 3 else 1]
+        num_channels = 3
+    return Seen(num_channels, None if values.dtype in (np.uint8, np.bool_) else values)
+
+
+# ---- Files that Pillow does not give in full: arrays, 16-bit colours, bands that are no colours --
+
+NPY_HEAD = b"\x93NUMPY"
+PNG_HEAD = b"\x89PNG\r\n\x1a\n"
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def read_values(file: BinaryIO, rules: PictureRules) -> Values | None:
+    """The values of a file of which Pillow would give a part; None of any other file.
+
+    Raises TooManyPixels, or ValueError for a .npy file that is no picture.
+    """
+    head = file.read(26)
+    file.seek(0)
+    if head.startswith(NPY_HEAD):
+        array = np.load(file.name, mmap_mode="r", allow_pickle=False)
+        return array_values(array, rules)
+    if head[:4] in TIFF_HEADS:
+        return tiff_values(file, rules)
+    if head.startswith(PNG_HEAD) and head[24:26] in (b"\x10\2", b"\x10\4", b"\x10\6"):
+        return png_values(file, rules)  # 16 bits; RGB, grey and alpha, RGBA
+    return None
+
+
+def array_values(array: np.ndarray, rules: PictureRules) -> Values:
+    """An array h w, h w c or c h w as a picture.
+
+    The channels are the axis that has as many as are asked for or, without that, as colours have
+    (1, 3, 4), or the shorter one of the first and the last. Raises ValueError for other arrays.
+    """
+    if array.ndim not in (2, 3) or 0 in array.shape or array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"an array of shape {array.shape} and type {array.dtype} is no picture; use numbers "
+            "h w, h w c or c h w."
+        )
+    if array.ndim == 2:
+        array = array[..., None]
+    wanted = rules.num_channels
+    fitting = (1, 3, 4) if wanted in (0, 1, 3) else (wanted,)
+    first, _, last = array.shape
+    is_first = first in fitting if (first in fitting) != (last in fitting) else first < last
+    if is_first:
+        array = np.moveaxis(array, 0, -1)
+
+    height, width, num_channels = array.shape
+    check_size(width, height, rules)
+    values = np.ascontiguousarray(array)
+    if values.dtype == np.bool_:
+        values = values * np.uint8(255)
+    is_rgba = num_channels == 4 and wanted in (1, 3)  # else nothing says that the fourth is alpha
+    return Values(values, are_colours=num_channels in (1, 3) or is_rgba)
+
+
+def png_values(file: BinaryIO, rules: PictureRules) -> Values | None:
+    """A PNG of 16-bit colours, of which Pillow gives the high bytes alone.
+
+    The trick: told that the two bytes of each number are the other way round, it gives the low
+    ones. Grey and alpha are four bytes a pixel, which it can give as if they were RGBA.
+    """
+    halves = []
+    for order in ("B", "L"):
+        with Image.open(file.name) as image:
+            check_size(*image.size, rules)
+            if "transparency" in image.info or getattr(image, "n_frames", 1) > 1:
+                return None
+            codec, extents, offset, packing = image.tile[0]
+            has_grey = packing == "LA;16B"
+            packing = "RGBA" if has_grey else f"{image.mode};16{order}"
+            image.tile = [(codec, extents, offset, packing)]
+            halves.append(np.asarray(image).astype(np.uint16))
+            orientation = orientation_of(image)
+    high, low = halves
+    if has_grey:
+        high, low = high[..., ::2], high[..., 1::2]
+    return Values(256 * high + low, are_colours=True, orientation=orientation)
+
+
+def tiff_values(file: BinaryIO, rules: PictureRules) -> Values | None:
+    """The first page that is not of one value, of a TIFF of which Pillow would lose something. None
+    for other TIFFs."""
+    try:
+        pages = tiff_pages(file)
+    except Exception:  # whatever is wrong with the file, Pillow will say it
+        return None
+    if not pages or not has_more_than_colours(pages[0]):
+        return None
+
+    for page in pages:
+        check_size(page[tiff.IMAGEWIDTH], page[tiff.IMAGELENGTH], rules)
+    file.seek(0)
+    content = file.read()
+    first = tiff_page(content, pages[0])
+    values = first
+    for page in pages[1:]:
+        if (values != values[0, 0]).any():
+            break
+        values = tiff_page(content, page)
+    else:
+        if (values == values[0, 0]).all():
+            values = first
+
+    orientation = pages[0].get(EXIF_ORIENTATION, 1)
+    return Values(values, not has_other_bands(pages[0]), orientation, len(pages))
+
+
+def tiff_pages(file: BinaryIO) -> list[tiff.ImageFileDirectory_v2]:
+    """What a TIFF says of each of its pages: number of a tag -> value."""
+    file.seek(0)
+    head = file.read(8)
+    if head[2] == 43:  # a BigTIFF, whose numbers are 8 bytes
+        head += file.read(8)
+    directory = tiff.ImageFileDirectory_v2(head)
+    pages = []
+    places = set()
+    while directory.next and directory.next not in places:
+        places.add(directory.next)
+        file.seek(directory.next)
+        directory = tiff.ImageFileDirectory_v2(head)
+        directory.load(file)
+        pages.append(directory)
+    return pages
+
+
+def has_other_bands(page: tiff.ImageFileDirectory_v2) -> bool:
+    """Whether there are bands beyond grey or RGB that are not one of alpha."""
+    num_colours = 3 if page.get(tiff.PHOTOMETRIC_INTERPRETATION) == 2 else 1
+    num_others = page.get(tiff.SAMPLESPERPIXEL, 1) - num_colours
+    meaning = page.get(tiff.EXTRASAMPLES, (2,) if num_colours == 3 else ())
+    is_alpha = num_others == 1 and meaning in ((1,), (2,))
+    return num_others > 0 and not is_alpha
+
+
+def has_more_than_colours(page: tiff.ImageFileDirectory_v2) -> bool:
+    """Whether Pillow would lose something of a page, or refuse it: 16-bit colours, signed or real
+    numbers, bands that are no colours. (Those of printers and the like are left to it.)"""
+    if page.get(tiff.PHOTOMETRIC_INTERPRETATION) not in (1, 2):
+        return False
+    if has_other_bands(page):
+        return True
+    bits = max(page.get(tiff.BITSPERSAMPLE, (1,)))
+    is_single = page.get(tiff.SAMPLESPERPIXEL, 1) == 1
+    if is_single and page.get(tiff.PREDICTOR, 1) == 3 and bits == 32 and page.prefix == b"II":
+        return False  # this it can unpack, we can't
+    is_signed = page.get(tiff.SAMPLEFORMAT, (1,))[0] == 2
+    return bits in (16, 32, 64) or is_signed
+
+
+JPEG_IN_TIFF = (6, 7, 33003, 33005, 34712)  # ways of packing that mix the bands of a pixel
+
+
+def tiff_page(content: bytes, page: tiff.ImageFileDirectory_v2) -> np.ndarray:
+    """The values of a page, h w c. Raises ValueError if they are packed in a rare way.
+
+    The trick: c bands, pixel by pixel, are a grey picture of c times the width, and band by band
+    they are c grey pictures. Those Pillow reads, however they are packed.
+    """
+    num_bands = page.get(tiff.SAMPLESPERPIXEL, 1)
+    bits = max(page[tiff.BITSPERSAMPLE])
+    packing = page.get(tiff.COMPRESSION, 1)
+    predictor = page.get(tiff.PREDICTOR, 1)
+    is_usual = set(page[tiff.BITSPERSAMPLE]) == {bits} and bits in (8, 16, 32, 64)
+    if not is_usual or packing in JPEG_IN_TIFF or predictor not in (1, 2):
+        raise ValueError(
+            f"a TIFF of {num_bands} bands of {bits} bits, compression {packing}, predictor "
+            f"{predictor}, can't be unpacked; save it without compression, or as .npy"
+        )
+    if page.get(tiff.PLANAR_CONFIGURATION, 1) == 2:
+        bands = [grey_page(content, page, 1, band) for band in range(num_bands)]
+        return np.concatenate(bands, axis=-1)
+    return grey_page(content, page, num_bands, 0)
+
+
+def grey_page(
+    content: bytes, page: tiff.ImageFileDirectory_v2, num_bands: int, band: int
+) -> np.ndarray:
+    """Bands of a page, read as if they were one of grey whole numbers. -> h w num_bands
+
+    num_bands: how many lie side by side; band: the first of them.
+    """
+    width, height = page[tiff.IMAGEWIDTH], page[tiff.IMAGELENGTH]
+    bits = page[tiff.BITSPERSAMPLE][0]
+    read_bits = min(bits, 32)
+    numbers_per_pixel = num_bands * bits // read_bits
+    tags = {
+        tiff.IMAGEWIDTH: [width * numbers_per_pixel],
+        tiff.IMAGELENGTH: [height],
+        tiff.BITSPERSAMPLE: [read_bits],
+        tiff.COMPRESSION: [page.get(tiff.COMPRESSION, 1)],
+        tiff.PHOTOMETRIC_INTERPRETATION: [1],
+        tiff.SAMPLESPERPIXEL: [1],
+    }
+    if tiff.TILEWIDTH in page:
+        tags[tiff.TILEWIDTH] = [page[tiff.TILEWIDTH] * numbers_per_pixel]
+        tags[tiff.TILELENGTH] = [page[tiff.TILELENGTH]]
+        places = (tiff.TILEOFFSETS, tiff.TILEBYTECOUNTS)
+    else:
+        tags[tiff.ROWSPERSTRIP] = [page.get(tiff.ROWSPERSTRIP, height)]
+        places = (tiff.STRIPOFFSETS, tiff.STRIPBYTECOUNTS)
+    for tag in places:
+        parts = len(page[tag]) * num_bands // page.get(tiff.SAMPLESPERPIXEL, 1)
+        tags[tag] = page[tag][band * parts :][:parts]
+
+    try:
+        with Image.open(io.BytesIO(with_directory(content, tags))) as image:
+            packed = np.asarray(image).astype(f"<u{read_bits // 8}")
+    except OSError as error:  # so says Pillow, too, if it lacks the library for it
+        raise ValueError(f"compression {tags[tiff.COMPRESSION][0]}: {error}") from None
+    order = "<" if content.startswith(b"II") else ">"
+    kind = {2: "i", 3: "f"}.get(page.get(tiff.SAMPLEFORMAT, (1,))[0], "u")
+    values = packed.view(f"{order}{kind}{bits // 8}").astype(f"{kind}{bits // 8}")
+    values = values.reshape(height, width, num_bands)
+
+    if page.get(tiff.PREDICTOR, 1) == 2:  # the differences to the pixel on the left, in each tile
+        unsigned = values.view(f"u{bits // 8}")
+        tile_width = page.get(tiff.TILEWIDTH, width)
+        for left in range(0, width, tile_width):
+            tile = unsigned[:, left : left + tile_width]
+            tile[:] = tile.cumsum(axis=1, dtype=tile.dtype)
+    return values
+
+
+def with_directory(content: bytes, tags: dict[int, Sequence[int]]) -> bytes:
+    """A TIFF of one page, low bytes first: the content of another one, with tags at its end."""
+    content += b"\0" * (len(content) % 2)
+    rest_at = len(content) + 2 + 12 * len(tags) + 4
+    directory = struct.pack("<H", len(tags))
+    rest = b""
+    for tag, numbers in sorted(tags.items()):
+        packed = struct.pack(f"<{len(numbers)}L", *numbers)
+        if len(numbers) > 1:
+            rest += packed
+            packed = struct.pack("<L", rest_at + len(rest) - len(packed))
+        directory += struct.pack("<HHL", tag, TiffTags.LONG, len(numbers)) + packed
+    head = b"II" + struct.pack("<HL", 42, len(content))
+    return head + content[8:] + directory + bytes(4) + rest
 
 
 # ---- Preprocessing -------------------------------------------------------------------------------
@@ -2522,6 +2878,7 @@ def preprocess(
     """Pictures, one or a list, to pixel values. -> b c image_size image_size.
 
     A picture is a path, a PIL image, a numpy array (h w, h w c or c h w) or a tensor (h w, c h w).
+    A path gives all of a file: Pillow drops bands beyond four and the low half of 16-bit colours.
     More than 8 bits and transparent pixels are treated by `rules`, or by the `picture_rules` of the
     config, as in the model's training; ranges that are not among them are found on these pictures.
     "squash" resizes both sides to image_size, whatever the picture's proportions.
@@ -2539,16 +2896,21 @@ def preprocess(
         )
 
     rules = rules or PictureRules.from_config(config)
-    deep_pictures = [deep_values(picture, rules) for picture in images]
-    rules = rules.completed(values for values in deep_pictures if values is not None)
+    rules = replace(rules, num_channels=config.num_channels)
+    seen = []
+    for picture in images:
+        with opened(picture, rules) as image:
+            seen.append(look_at(image))
+    rules = rules.completed(seen)
 
     preprocessor = Preprocessor.from_config(config)
     batch = []
     for picture in images:
-        image = picture_to_rgb(picture, config.num_channels, rules)
-        image = to_size(image, preprocessor, protocol)
-        pixels = torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
-        batch.append(pixels.permute(2, 0, 1))
+        with opened(picture, rules) as image:
+            layers = upright_layers(image, rules)
+        layers = [to_size(layer, preprocessor, protocol) for layer in layers]
+        pixels = np.dstack([np.asarray(layer) for layer in layers])
+        batch.append(torch.from_numpy(pixels).permute(2, 0, 1))
 
     shapes = {pixels.shape for pixels in batch}
     if len(shapes) > 1:  # only if do_resize is off
@@ -2574,62 +2936,31 @@ def to_size(image: Image.Image, preprocessor: Preprocessor, protocol: str) -> Im
 
 
 def list_pictures(images) -> list:
-    """A list of what preprocess takes, with arrays and tensors as arrays h w or h w c."""
+    """A list of what preprocess takes. Raises ValueError for what is no picture."""
     is_array = isinstance(images, (np.ndarray, Tensor))
     if isinstance(images, (str, os.PathLike, Image.Image)) or (is_array and images.ndim < 4):
         images = [images]
-
-    pictures = []
+    images = list(images)
     for picture in images:
-        if isinstance(picture, Tensor):
-            picture = picture.detach().cpu().numpy()
-        if isinstance(picture, np.ndarray):
-            picture = channels_last(picture)
-        elif not isinstance(picture, (str, os.PathLike, Image.Image)):
+        if not isinstance(picture, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
             raise ValueError(
                 f"a picture is a path, a PIL image, an array or a tensor, not {type(picture)}."
             )
-        pictures.append(picture)
-    return pictures
+    return images
 
 
-def channels_last(values: np.ndarray) -> np.ndarray:
-    """An array h w c or c h w, of 1, 3 or 4 channels, as h w or h w c."""
-    if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
-        values = np.moveaxis(values, 0, -1)
-    if values.ndim == 3 and values.shape[-1] == 1:
-        values = values[..., 0]
-    is_picture = values.ndim == 2 or (values.ndim == 3 and values.shape[-1] in (3, 4))
-    if not is_picture or 0 in values.shape:
-        raise ValueError(
-            f"an array of shape {values.shape} is no picture; use h w, h w c or c h w, with 1, 3 "
-            "or 4 channels."
-        )
-    return values
-
-
-def deep_values(picture, rules: PictureRules) -> np.ndarray | None:
-    """The values of a picture of more than 8 bits, None of any other."""
-    if isinstance(picture, np.ndarray):
-        return None if picture.dtype in (np.uint8, np.bool_) else picture
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture) if is_deep(picture) else None
-    with open_picture(picture, rules) as image:
-        return np.asarray(image) if is_deep(image) else None
-
-
-def picture_to_rgb(picture, channels: int, rules: PictureRules) -> Image.Image:
-    """A path, a PIL image or an array (h w, h w c) as to_rgb gives it."""
-    if isinstance(picture, Image.Image):
-        return to_rgb(picture, channels, rules)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype == np.bool_:
-            picture = picture * np.uint8(255)
-        elif picture.dtype != np.uint8:
-            picture = to_bytes(picture, rules)
-        return to_rgb(Image.fromarray(picture), channels, rules)
-    with open_picture(picture, rules) as image:
-        return to_rgb(image, channels, rules)
+@contextmanager
+def opened(picture, rules: PictureRules) -> Iterator[Image.Image | Values]:
+    """What preprocess takes, as open_picture gives it."""
+    if isinstance(picture, (str, os.PathLike)):
+        with open_picture(picture, rules) as file:
+            yield file
+    elif isinstance(picture, Image.Image):
+        yield picture
+    else:
+        if isinstance(picture, Tensor):
+            picture = picture.detach().cpu().numpy()
+        yield array_values(picture, rules)
 
 
 def center_crop(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:

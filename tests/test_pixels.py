@@ -6,6 +6,7 @@ Nothing of a picture is lost without a word, and all that read pictures read the
 import json
 import struct
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
-from runs import TINY, run_here, save_picture
+from runs import TINY, run_here, save_picture, write_array, write_png, write_tiff
 from torch.testing import assert_close
 
 import finetune
 import train_msn
 from train_msn import ImageFiles, folder_images, load_image, why_unreadable
-from vitmsn import PictureRules, ViTMSNConfig, find_range, preprocess, to_bytes, to_rgb
+from vitmsn import (
+    OtherChannels,
+    PictureRules,
+    ViTMSNConfig,
+    find_range,
+    open_picture,
+    preprocess,
+    to_bytes,
+    upright_layers,
+)
 
 CACHE = 2**20
 RAMP = np.linspace(0, 1, 12 * 8).reshape(8, 12)  # no two pixels alike
@@ -32,6 +42,18 @@ def pixels_of(folder, **rules) -> np.ndarray:
     """All pictures of a folder as a network's data set gives them: b c height width."""
     data = folder_images(folder, 64, CACHE, PictureRules(**rules))
     return np.stack(data.train.__getitems__(list(range(len(data.train)))).images)
+
+
+def bands_of(count: int, scale: float = 255, dtype=np.uint8) -> np.ndarray:
+    """A picture 8 x 12 of so many bands, no two alike."""
+    bands = [np.roll(RAMP, k, axis=1) for k in range(count)]
+    return (np.stack(bands, axis=2) * scale).round().astype(dtype)
+
+
+def values_in(path: Path) -> np.ndarray:
+    """What is read of a file, h w c."""
+    with open_picture(path, PictureRules()) as picture:
+        return picture.values
 
 
 # -- depth -----------------------------------------------------------------------------------------
@@ -110,6 +132,187 @@ def test_values_that_are_no_numbers_do_no_harm():
     assert to_bytes(values, PictureRules()).tolist() == [[0, 128, 255, 0, 255, 0]]
 
 
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits_keep_their_levels(channels, bits, tmp_path):
+    """PNGs and TIFFs of 16-bit colours, with and without alpha, of which Pillow gives 8 bits."""
+    expected = bands_of(channels)
+    values = bands_of(channels, 2**bits - 1, np.uint16)
+    has_alpha = channels in (2, 4)
+    if has_alpha:
+        expected[..., -1] = 255
+        values[..., -1] = 65535
+    colours = 1 if channels == 2 else 3
+    png = write_png(tmp_path / "1.png", values)
+    tif = write_tiff(tmp_path / "1.tif", values, colours, (2,) if has_alpha else ())
+    for path in (png, tif):
+        assert np.array_equal(values_in(path), values)
+        seen = load_image(path, 64).astype(int)
+        assert np.abs(seen - expected[..., :colours]).max() <= 1
+        assert len(np.unique(seen)) > 90
+
+
+@given(data=st.data())
+def test_every_tiff_of_bands_is_read_as_it_was_written(data, tmp_path):
+    """Any number of bands and kind of number, however they are laid out and packed."""
+    kind = data.draw(st.sampled_from(["u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"]))
+    shape = data.draw(st.tuples(*[st.integers(1, 9)] * 2, st.integers(1, 6)))
+    values = data.draw(arrays(kind, shape))
+    if kind == "u1" and shape[2] == 1:
+        return  # that is an ordinary picture
+    differences = data.draw(st.booleans()) and kind[0] != "f"
+    path = write_tiff(
+        tmp_path / "1.tif",
+        values,
+        order=data.draw(st.sampled_from("<>")),
+        band_by_band=data.draw(st.booleans()),
+        differences=differences,
+        lines_per_strip=data.draw(st.integers(1, 9)),
+    )
+    read = values_in(path)
+    assert read.dtype == values.dtype and np.array_equal(read, values, equal_nan=True)
+
+
+# -- channels --------------------------------------------------------------------------------------
+
+WRITERS = {
+    "tif": lambda path, bands: write_tiff(path.with_suffix(".tif"), bands),
+    "tif, RGB and more": lambda path, bands: write_tiff(path.with_suffix(".tif"), bands, 3),
+    "tif, bands apart": lambda path, bands: write_tiff(
+        path.with_suffix(".tif"), bands, band_by_band=True, lines_per_strip=3
+    ),
+    "npy": lambda path, bands: write_array(path.with_suffix(".npy"), bands),
+    "npy, bands first": lambda path, bands: write_array(
+        path.with_suffix(".npy"), np.moveaxis(bands, 2, 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("count", [4, 5, 7])
+def test_every_band_is_seen_and_how_many_there_are_is_found_and_said(count, write, tmp_path):
+    """Four bands that are no alpha, five, and more: none vanishes, in training and preprocess."""
+    bands = bands_of(count)
+    path = write(tmp_path / "1", bands)
+    data = folder_images(tmp_path, 64, CACHE)
+    assert data.picture_rules.num_channels == count
+    assert f"{count} bands" in data.notes[-1]
+    seen = data.train.__getitems__([0]).images[0]
+    assert np.array_equal(seen.permute(1, 2, 0), bands)
+
+    assert train_msn.usual_size(data.train.paths) == (12, 8)
+
+    config = tiny_config(num_channels=count)
+    pixels = preprocess(path, config)
+    assert pixels.shape == (1, count, 32, 32)
+    assert_close(preprocess(bands, config), pixels)
+    assert_close(preprocess(torch.from_numpy(bands).permute(2, 0, 1), config), pixels)
+
+
+def test_num_channels_is_a_setting(tmp_path):
+    """1 makes grey of colours, 4 takes alpha as it is, 3 composites it."""
+    rgba = Image.fromarray(bands_of(4))
+    path = save_picture(tmp_path / "1.png", rgba)
+    assert load_image(path, 64).shape == (8, 12, 3)
+    assert load_image(path, 64, PictureRules(num_channels=1)).shape == (8, 12, 1)
+    seen = load_image(path, 64, PictureRules(num_channels=4))
+    assert np.array_equal(seen, bands_of(4))
+    assert preprocess(path, tiny_config(num_channels=4)).shape == (1, 4, 32, 32)
+    assert_close(preprocess(np.asarray(rgba), tiny_config()), preprocess(rgba, tiny_config()))
+
+
+@pytest.mark.parametrize(
+    "picture, channels, says",
+    [
+        (bands_of(5), 3, r"has 5 bands, num_channels=3; give .* 3 channels, or num_channels=5"),
+        (bands_of(2), 1, r"has 2 bands"),
+        (Image.new("RGB", (4, 4)), 4, r"3 channels \(RGB\), num_channels=4; give .* 4 channels"),
+        (Image.new("L", (4, 4)), 2, r"1 channels \(L\)"),
+        (bands_of(1)[..., 0], 5, r"1 channels \(L\), num_channels=5"),
+    ],
+)
+def test_pictures_of_other_channels_are_refused_with_what_would_do(picture, channels, says):
+    """No channel is dropped or made up; the message names what there is and what is wanted."""
+    with pytest.raises(OtherChannels, match=says):
+        preprocess(picture, tiny_config(num_channels=channels))
+
+
+def test_odd_pictures_among_others_are_said_as_what_they_are(tmp_path):
+    """The commonest number of channels counts; files of another are counted with the reason."""
+    for i in range(5):
+        save_picture(tmp_path / f"{i}.png", bands_of(3))
+    write_tiff(tmp_path / "5.tif", bands_of(5))
+    data = folder_images(tmp_path, 64, CACHE)
+    assert data.picture_rules.num_channels == 3
+    said = "1 of 6 files tried can't be read: 1 of other channels: a picture has 5 bands"
+    assert any(note.startswith(said) for note in data.notes)
+
+
+def test_arrays_beside_pictures_are_passed_over(tmp_path):
+    """Beside pictures, .npy files are taken for features or labels, and counted."""
+    save_picture(tmp_path / "1.png", BYTES)
+    write_array(tmp_path / "features.npy", np.zeros((4, 7)))
+    data = folder_images(tmp_path, 64, CACHE)
+    assert len(data.train) == 1 and data.notes[1] == "passed over: 1 .npy"
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(7), np.array(["x"]), np.zeros((2, 3, 4, 5))])
+def test_arrays_that_are_no_pictures_are_unreadable_in_words(wrong, tmp_path):
+    """Labels, texts and stacks in .npy files are no pictures; nothing in them is run."""
+    path = write_array(tmp_path / "1.npy", wrong)
+    files = ImageFiles([path], 8, 0, check=False)
+    assert files.read(0) is None and "is no picture" in files.why(0)
+    np.save(path, np.array([{}], object), allow_pickle=True)
+    assert files.read(0) is None and "Python objects" in files.why(0)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_views_of_what_is_no_rgb_have_brightness_contrast_and_blur_alone(channels):
+    """All bands of a view change alike: equal bands stay equal, whatever is drawn."""
+    config = train_msn.make_config({"grey": 1.0, "jitter": 1.0, "blur": 0.5, "batch_size": 4})
+    one = torch.randint(0, 256, (4, 1, 40, 40), dtype=torch.uint8)
+    batch = train_msn.ImagesInMemory(one.expand(-1, channels, -1, -1)).__getitems__([0, 1, 2, 3])
+    views = train_msn.make_views(batch, config, 0, slice(0, 4))
+    for view in (views.target_view, *views.anchor_views):
+        assert view.shape[1] == channels and view.isfinite().all()
+        assert_close(view, view[:, :1].expand_as(view))
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_run_on_bands_trains_evaluates_and_is_used(channels, tmp_path, monkeypatch):
+    """train_msn.py, the table, train, predict, attention, embed and neighbours on such pictures."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 2)):
+        for i in range(2 * count):
+            bands = rng.integers(0, 120 + 100 * (i % 2), (20, 20, 5), dtype=np.uint8)
+            path = tmp_path / "data" / part / "ab"[i % 2] / f"{i}"
+            if channels == 5:
+                write_tiff(path.with_suffix(".tif"), bands)
+            else:
+                save_picture(path.with_suffix(".png"), bands[..., :3])
+    run = tmp_path / "run"
+    flags = ("--data", tmp_path / "data", "--output-dir", run, "--max-steps", 2)
+    flags += ("--num-channels", channels) if channels == 1 else ()
+    assert run_here(*TINY, *flags) == 0
+    assert ViTMSNConfig.from_pretrained(run / "encoder").num_channels == channels
+    assert {path.name for path in run.glob("*.png")} >= {"views.png", "neighbours.png"}
+
+    monkeypatch.chdir(tmp_path)
+    labels = ["--checkpoint", "run", "--steps", "1", "--labels-per-class", "2", "--seeds", "0"]
+    table = [*labels, "--methods", "probe,finetune,untrained,pixels,knn20", "--no-full"]
+    pictures = [str(path) for path in (tmp_path / "data" / "val").rglob("*.*")][:2]
+    commands = [table, ["train", *labels], ["predict", "run/classifier", *pictures]]
+    commands += [[name, "run", *pictures] for name in ("attention", "embed", "neighbours")]
+    for command in commands:
+        assert train_msn.run_program(finetune.main, command) == 0
+
+
+def test_the_built_in_images_are_of_three_channels(capsys):
+    """Another number is refused in words."""
+    assert run_here(*TINY, "--num-channels", 4) == 2
+    assert "the images of synthetic have 3" in capsys.readouterr().err
+
+
 # -- alpha -----------------------------------------------------------------------------------------
 
 
@@ -124,7 +327,8 @@ def test_what_is_drawn_in_the_alpha_channel_alone_is_seen_by_all(tmp_path):
     path = save_picture(tmp_path / "icon.png", shape_in_alpha(0))
     seen = load_image(path, 64)
     assert np.array_equal(seen[..., 0], 255 - BYTES)
-    assert np.array_equal(np.asarray(to_rgb(Image.open(path)))[..., 0], 255 - BYTES)
+    (layer,) = upright_layers(Image.open(path), PictureRules())
+    assert np.array_equal(np.asarray(layer)[..., 0], 255 - BYTES)
     black = load_image(path, 64, PictureRules(background="black"))
     assert not black.any()
 
@@ -155,7 +359,12 @@ def test_the_first_frame_or_page_that_is_not_of_one_colour_is_taken(suffix, tmp_
     blank.save(path, save_all=True, append_images=frames[1:], **options)
     assert np.abs(load_image(path, 64)[..., 0].astype(int) - BYTES).max() <= 1
     with Image.open(path) as image:
-        assert np.abs(np.asarray(to_rgb(image))[..., 0].astype(int) - BYTES).max() <= 1
+        assert (
+            np.abs(
+                np.asarray(upright_layers(image, PictureRules())[0])[..., 0].astype(int) - BYTES
+            ).max()
+            <= 1
+        )
         assert image.tell() == 0  # the caller's picture is left where it was
     notes = folder_images(tmp_path, 8, CACHE).notes
     assert sum("1 of 1 pictures tried have several frames" in note for note in notes) == 1
@@ -197,6 +406,29 @@ def test_an_exif_entry_that_points_nowhere_is_no_reason_to_refuse(tmp_path):
     path = tmp_path / "1.jpg"
     Image.fromarray(BYTES).save(path, exif=b"Exif\0\0MM\0*\0\0\0\10" + entry, quality=100)
     assert np.abs(load_image(path, 64)[..., 0].astype(int) - BYTES).max() <= 2
+
+
+def test_the_first_page_of_a_tiff_of_bands_that_is_not_blank_is_taken(tmp_path):
+    """As with other pictures, also of 16-bit colours and five bands; pages are said."""
+    for bands in (bands_of(5), bands_of(3, 65535, np.uint16)):
+        blank = np.zeros_like(bands)
+        colours = 3 if bands.shape[2] == 3 else 1
+        path = write_tiff(tmp_path / "1.tif", [blank, bands, bands[::-1]], colours)
+        assert np.array_equal(values_in(path), bands)
+        assert any("several frames" in note for note in folder_images(tmp_path, 8, CACHE).notes)
+        path = write_tiff(tmp_path / "1.tif", [blank, blank + 1], colours)
+        assert not values_in(path).any()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_values_are_turned_upright(orientation, tmp_path):
+    """A TIFF of bands with an orientation is turned as one of colours is."""
+    plain = save_picture(tmp_path / "1.png", bands_of(3))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(plain).save(tmp_path / "2.png", exif=exif)
+    path = write_tiff(tmp_path / "1.tif", bands_of(5), orientation=orientation)
+    assert np.array_equal(load_image(path, 64)[..., :3], load_image(tmp_path / "2.png", 64))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -14,12 +14,13 @@ from PIL import Image, ImageOps
 from torch.testing import assert_close
 
 from vitmsn import (
+    PictureRules,
     ViTMSNConfig,
     ViTMSNForImageClassification,
     ViTMSNModel,
     normalize,
     preprocess,
-    to_rgb,
+    upright_layers,
 )
 
 MEAN = np.array([0.485, 0.456, 0.406])
@@ -49,7 +50,8 @@ def test_sixteen_bit_pictures_are_scaled_not_clipped():
     image = random_picture("I;16")
     grey = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
     assert_close(preprocess(image, tiny_config())[0], by_hand(grey, 32), rtol=1e-5, atol=1e-6)
-    assert np.asarray(to_rgb(image)).std() > 50  # clipping would leave it white
+    (seen,) = upright_layers(image, PictureRules())
+    assert np.asarray(seen).std() > 50  # clipping would leave it white
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

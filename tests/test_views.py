@@ -20,6 +20,7 @@ from runs import as_batch, random_pictures
 from torch.testing import assert_close
 
 import train_msn
+import vitmsn
 from train_msn import (
     COLOR_OPERATIONS,
     DRAWS,
@@ -308,8 +309,8 @@ def test_probability_1_does_it_always_and_0_never(changes, law):
     never = replace(make_config({}), grey=0.0, blur=0.0, flip=0.0, jitter=0.0)
     batch = as_batch(random_pictures(np.random.default_rng(0), 4, 20))
     draws = draw_views(4, 1, torch.Generator().manual_seed(0))
-    mean = torch.tensor(train_msn.IMAGENET_MEAN)[:, None, None]
-    deviation = torch.tensor(train_msn.IMAGENET_STD)[:, None, None]
+    mean = torch.tensor(vitmsn.IMAGENET_MEAN)[:, None, None]
+    deviation = torch.tensor(vitmsn.IMAGENET_STD)[:, None, None]
 
     def view_of(config):
         (view,) = views_of_one_size(batch, draws, config, 16, (0.5, 1.0))
