@@ -57,7 +57,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vitmsn import Preprocessor, constant, imagenet_statistics, normalize
-from vitmsn import FROM_THE_VALUES, OtherChannels, PictureRules, Seen, TooManyPixels, Values
+from vitmsn import FROM_THE_VALUES, PictureRules, Seen, Values
+from vitmsn import MissingPackage, OtherChannels, TooManyPixels
 from vitmsn import PRESETS, MSNLoss, ViTMSNConfig, ViTMSNForPreTraining, ViTMSNModel
 from vitmsn import first_frame, look_at, open_picture, orientation_of, turn_upright
 from vitmsn import from_original, read_tensors, to_original, write_file
@@ -1577,6 +1578,8 @@ def why_unreadable(error: Exception) -> str:
         return f"too large: {error}"
     if isinstance(error, OtherChannels):
         return f"of other channels: {error}"
+    if isinstance(error, MissingPackage):
+        return f"in need of a package: {error}"
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, UnidentifiedImageError):

@@ -31,30 +31,27 @@ view, then all b of the second, and so on. (In the objective p is a probability,
 import copy
 import difflib
 import inspect
-import io
 import json
+import logging
 import math
 import os
 import re
-import struct
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cache, partial, wraps
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageColor
-from PIL import TiffImagePlugin as tiff
-from PIL import TiffTags
+from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -2232,6 +2229,10 @@ class OtherChannels(ValueError):
     """A picture's channels can't be made the ones that are asked for."""
 
 
+class MissingPackage(ImportError):
+    """A file needs an optional package."""
+
+
 class TooManyPixels(ValueError):
     """A picture is larger than PictureRules.max_megapixels."""
 
@@ -2269,10 +2270,10 @@ pillows_guards = PillowsGuards()
 def open_picture(path: str | os.PathLike, rules: PictureRules) -> Iterator["Image.Image | Values"]:
     """A picture file, opened by Pillow, or its values where Pillow does not give all of them.
 
-    Raises TooManyPixels or whatever Pillow raises.
+    Raises TooManyPixels, MissingPackage, or whatever Pillow and tifffile raise.
     """
-    with pillows_guards, open(path, "rb") as file:
-        values = read_values(file, rules)
+    with pillows_guards:
+        values = read_values(path, rules)
         if values is not None:
             yield values
             return
@@ -2342,8 +2343,13 @@ def find_range(values: np.ndarray) -> Range:
 
 
 def to_bytes(values: np.ndarray, rules: PictureRules) -> np.ndarray:
-    """Deep values as 0 to 255, by the rules' range or, if they have none, by that of these values.
-    What lies outside of it becomes black or white; what is no number becomes black."""
+    """Values as 0 to 255, by the rules' range or, if they have none, by that of these values.
+
+    What lies outside of it becomes black or white; what is no number becomes black. Bytes stay as
+    they are.
+    """
+    if values.dtype == np.uint8:
+        return values
     low, high = rules.float_range if is_float(values) else rules.integer_range
     if (low, high) == FROM_THE_VALUES:
         low, high = find_range(values)
@@ -2397,8 +2403,9 @@ def colour_layers(image: Image.Image, rules: PictureRules) -> list[Image.Image]:
             image = Image.alpha_composite(background, image.convert("RGBA"))
         return [image.convert("L" if rules.num_channels == 1 else "RGB")]
 
-    is_grey = image.mode in ("1", "L", "LA", "La")
-    mode = ("L" if is_grey else "RGB") + ("A" if is_transparent else "")
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if is_transparent:
+        mode += "A"
     if len(mode) != rules.num_channels:
         refuse_channels(f"{len(mode)} channels ({mode})", 3, rules)
     return list(image.convert(mode).split())
@@ -2471,31 +2478,47 @@ def look_at(picture: Image.Image | Values) -> Seen:
 
 NPY_HEAD = b"\x93NUMPY"
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
+PNG_16_BIT_COLOURS = (b"\x10\2", b"\x10\4", b"\x10\6")  # RGB, grey and alpha, RGBA
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
+# Numbers of the TIFF format: tags, and some of their values.
+BITS_PER_SAMPLE = 258
+COMPRESSION = 259
+TIFF_UNCOMPRESSED = 1
+PHOTOMETRIC = 262
+TIFF_GREY = (0, 1)  # white is 0, or black is
+TIFF_RGB = 2
+SAMPLES_PER_PIXEL = 277
+EXTRA_SAMPLES = 338  # what each band behind the colours is
+TIFF_ALPHA = ((1,), (2,))
+SAMPLE_FORMAT = 339
+TIFF_UNSIGNED = 1
+TIFF_SIGNED = 2
 
-def read_values(file: BinaryIO, rules: PictureRules) -> Values | None:
+
+def read_values(path: str | os.PathLike, rules: PictureRules) -> Values | None:
     """The values of a file of which Pillow would give a part; None of any other file.
 
-    Raises TooManyPixels, or ValueError for a .npy file that is no picture.
+    Raises TooManyPixels, MissingPackage, or ValueError for a .npy file that is no picture.
     """
-    head = file.read(26)
-    file.seek(0)
+    with open(path, "rb") as file:
+        head = file.read(26)
     if head.startswith(NPY_HEAD):
-        array = np.load(file.name, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
         return array_values(array, rules)
-    if head[:4] in TIFF_HEADS:
-        return tiff_values(file, rules)
-    if head.startswith(PNG_HEAD) and head[24:26] in (b"\x10\2", b"\x10\4", b"\x10\6"):
-        return png_values(file, rules)  # 16 bits; RGB, grey and alpha, RGBA
+    if head.startswith(PNG_HEAD) and head[24:26] in PNG_16_BIT_COLOURS:
+        return png_values(path, rules)
+    if head[:4] in TIFF_HEADS and not pillow_reads_all(path):
+        return tiff_values(path, rules)
     return None
 
 
 def array_values(array: np.ndarray, rules: PictureRules) -> Values:
     """An array h w, h w c or c h w as a picture.
 
-    The channels are the axis that has as many as are asked for or, without that, as colours have
-    (1, 3, 4), or the shorter one of the first and the last. Raises ValueError for other arrays.
+    The channels are the axis, the last one or the first, that has as many as are asked for; as
+    colours have (1, 3 or 4), if colours or nothing are asked for; else the shorter one of the two.
+    Raises ValueError for other arrays.
     """
     if array.ndim not in (2, 3) or 0 in array.shape or array.dtype.kind not in "biuf":
         raise ValueError(
@@ -2507,8 +2530,7 @@ def array_values(array: np.ndarray, rules: PictureRules) -> Values:
     wanted = rules.num_channels
     fitting = (1, 3, 4) if wanted in (0, 1, 3) else (wanted,)
     first, _, last = array.shape
-    is_first = first in fitting if (first in fitting) != (last in fitting) else first < last
-    if is_first:
+    if last not in fitting and (first in fitting or first < last):
         array = np.moveaxis(array, 0, -1)
 
     height, width, num_channels = array.shape
@@ -2520,188 +2542,134 @@ def array_values(array: np.ndarray, rules: PictureRules) -> Values:
     return Values(values, are_colours=num_channels in (1, 3) or is_rgba)
 
 
-def png_values(file: BinaryIO, rules: PictureRules) -> Values | None:
-    """A PNG of 16-bit colours, of which Pillow gives the high bytes alone.
+def png_values(path: str | os.PathLike, rules: PictureRules) -> Values | None:
+    """A PNG of 16-bit colours, of which Pillow gives the high bytes alone. None if it is animated.
 
-    The trick: told that the two bytes of each number are the other way round, it gives the low
-    ones. Grey and alpha are four bytes a pixel, which it can give as if they were RGBA.
+    The trick: told that the two bytes of each number are the other way round, Pillow gives the low
+    ones. Grey and alpha are four bytes a pixel, which it gives as if they were RGBA.
     """
     halves = []
     for order in ("B", "L"):
-        with Image.open(file.name) as image:
+        with Image.open(path) as image:
             check_size(*image.size, rules)
-            if "transparency" in image.info or getattr(image, "n_frames", 1) > 1:
+            if getattr(image, "n_frames", 1) > 1:
                 return None
             codec, extents, offset, packing = image.tile[0]
-            has_grey = packing == "LA;16B"
-            packing = "RGBA" if has_grey else f"{image.mode};16{order}"
+            is_grey = packing == "LA;16B"
+            packing = "RGBA" if is_grey else f"{image.mode};16{order}"
             image.tile = [(codec, extents, offset, packing)]
             halves.append(np.asarray(image).astype(np.uint16))
             orientation = orientation_of(image)
+            transparent = image.info.get("transparency")
+
     high, low = halves
-    if has_grey:
+    if is_grey:
         high, low = high[..., ::2], high[..., 1::2]
-    return Values(256 * high + low, are_colours=True, orientation=orientation)
+    values = 256 * high + low
+    if transparent:  # a colour, in place of an alpha channel
+        is_seen = (values != transparent).any(axis=-1)
+        values = np.dstack([values, is_seen * np.uint16(65535)])
+    return Values(values, are_colours=True, orientation=orientation)
 
 
-def tiff_values(file: BinaryIO, rules: PictureRules) -> Values | None:
-    """The first page that is not of one value, of a TIFF of which Pillow would lose something. None
-    for other TIFFs."""
+def pillow_reads_all(path: str | os.PathLike) -> bool:
+    """Whether Pillow gives all that the first page of a TIFF holds.
+
+    It does not know some kinds, drops the low half of 16-bit colours and bands beyond alpha, and
+    mistakes the sign of some whole numbers and the order of bytes where signed and real numbers are
+    compressed. (The colours of printers, in 8 bits, are left to it.)
+    """
     try:
-        pages = tiff_pages(file)
-    except Exception:  # whatever is wrong with the file, Pillow will say it
-        return None
-    if not pages or not has_more_than_colours(pages[0]):
-        return None
-
-    for page in pages:
-        check_size(page[tiff.IMAGEWIDTH], page[tiff.IMAGELENGTH], rules)
-    file.seek(0)
-    content = file.read()
-    first = tiff_page(content, pages[0])
-    values = first
-    for page in pages[1:]:
-        if (values != values[0, 0]).any():
-            break
-        values = tiff_page(content, page)
-    else:
-        if (values == values[0, 0]).all():
-            values = first
-
-    orientation = pages[0].get(EXIF_ORIENTATION, 1)
-    return Values(values, not has_other_bands(pages[0]), orientation, len(pages))
-
-
-def tiff_pages(file: BinaryIO) -> list[tiff.ImageFileDirectory_v2]:
-    """What a TIFF says of each of its pages: number of a tag -> value."""
-    file.seek(0)
-    head = file.read(8)
-    if head[2] == 43:  # a BigTIFF, whose numbers are 8 bytes
-        head += file.read(8)
-    directory = tiff.ImageFileDirectory_v2(head)
-    pages = []
-    places = set()
-    while directory.next and directory.next not in places:
-        places.add(directory.next)
-        file.seek(directory.next)
-        directory = tiff.ImageFileDirectory_v2(head)
-        directory.load(file)
-        pages.append(directory)
-    return pages
-
-
-def has_other_bands(page: tiff.ImageFileDirectory_v2) -> bool:
-    """Whether there are bands beyond grey or RGB that are not one of alpha."""
-    num_colours = 3 if page.get(tiff.PHOTOMETRIC_INTERPRETATION) == 2 else 1
-    num_others = page.get(tiff.SAMPLESPERPIXEL, 1) - num_colours
-    meaning = page.get(tiff.EXTRASAMPLES, (2,) if num_colours == 3 else ())
-    is_alpha = num_others == 1 and meaning in ((1,), (2,))
-    return num_others > 0 and not is_alpha
-
-
-def has_more_than_colours(page: tiff.ImageFileDirectory_v2) -> bool:
-    """Whether Pillow would lose something of a page, or refuse it: 16-bit colours, signed or real
-    numbers, bands that are no colours. (Those of printers and the like are left to it.)"""
-    if page.get(tiff.PHOTOMETRIC_INTERPRETATION) not in (1, 2):
+        with Image.open(path) as image:
+            tags = image.tag_v2
+            photometric = tags.get(PHOTOMETRIC, 0)
+            num_bands = tags.get(SAMPLES_PER_PIXEL, 1)
+            others = tags.get(EXTRA_SAMPLES, ())
+            bits = max(tags.get(BITS_PER_SAMPLE, (1,)))
+            kind = tags.get(SAMPLE_FORMAT, (TIFF_UNSIGNED,))[0]
+            is_compressed = tags.get(COMPRESSION, TIFF_UNCOMPRESSED) != TIFF_UNCOMPRESSED
+            has_high_bytes_first = tags.prefix == b"MM"
+    except UnidentifiedImageError:
         return False
-    if has_other_bands(page):
+
+    if photometric not in (*TIFF_GREY, TIFF_RGB):
         return True
-    bits = max(page.get(tiff.BITSPERSAMPLE, (1,)))
-    is_single = page.get(tiff.SAMPLESPERPIXEL, 1) == 1
-    if is_single and page.get(tiff.PREDICTOR, 1) == 3 and bits == 32 and page.prefix == b"II":
-        return False  # this it can unpack, we can't
-    is_signed = page.get(tiff.SAMPLEFORMAT, (1,))[0] == 2
-    return bits in (16, 32, 64) or is_signed
+    if num_bands == 1:
+        is_mistaken = (kind, bits) in ((TIFF_SIGNED, 8), (TIFF_UNSIGNED, 32))
+        is_swapped = kind != TIFF_UNSIGNED and is_compressed and has_high_bytes_first
+        return not is_mistaken and not is_swapped
+    return bits <= 8 and are_grey_or_rgb(photometric, num_bands, others)
 
 
-JPEG_IN_TIFF = (6, 7, 33003, 33005, 34712)  # ways of packing that mix the bands of a pixel
+def are_grey_or_rgb(photometric: int, num_bands: int, others: tuple[int, ...]) -> bool:
+    """Whether the bands of a TIFF are grey or RGB, perhaps with one of alpha behind.
 
-
-def tiff_page(content: bytes, page: tiff.ImageFileDirectory_v2) -> np.ndarray:
-    """The values of a page, h w c. Raises ValueError if they are packed in a rare way.
-
-    The trick: c bands, pixel by pixel, are a grey picture of c times the width, and band by band
-    they are c grey pictures. Those Pillow reads, however they are packed.
+    others: what the file says that the bands behind are; nothing of one behind RGB means alpha.
     """
-    num_bands = page.get(tiff.SAMPLESPERPIXEL, 1)
-    bits = max(page[tiff.BITSPERSAMPLE])
-    packing = page.get(tiff.COMPRESSION, 1)
-    predictor = page.get(tiff.PREDICTOR, 1)
-    is_usual = set(page[tiff.BITSPERSAMPLE]) == {bits} and bits in (8, 16, 32, 64)
-    if not is_usual or packing in JPEG_IN_TIFF or predictor not in (1, 2):
-        raise ValueError(
-            f"a TIFF of {num_bands} bands of {bits} bits, compression {packing}, predictor "
-            f"{predictor}, can't be unpacked; save it without compression, or as .npy"
-        )
-    if page.get(tiff.PLANAR_CONFIGURATION, 1) == 2:
-        bands = [grey_page(content, page, 1, band) for band in range(num_bands)]
-        return np.concatenate(bands, axis=-1)
-    return grey_page(content, page, num_bands, 0)
+    num_colours = 3 if photometric == TIFF_RGB else 1
+    is_alpha = others in TIFF_ALPHA or (photometric == TIFF_RGB and not others)
+    return num_bands == num_colours or (num_bands == num_colours + 1 and is_alpha)
 
 
-def grey_page(
-    content: bytes, page: tiff.ImageFileDirectory_v2, num_bands: int, band: int
-) -> np.ndarray:
-    """Bands of a page, read as if they were one of grey whole numbers. -> h w num_bands
+def tiff_values(path: str | os.PathLike, rules: PictureRules) -> Values:
+    """The first page of a TIFF that is not of one value, read by the optional package tifffile.
 
-    num_bands: how many lie side by side; band: the first of them.
+    Raises MissingPackage, TooManyPixels, or whatever tifffile raises.
     """
-    width, height = page[tiff.IMAGEWIDTH], page[tiff.IMAGELENGTH]
-    bits = page[tiff.BITSPERSAMPLE][0]
-    read_bits = min(bits, 32)
-    numbers_per_pixel = num_bands * bits // read_bits
-    tags = {
-        tiff.IMAGEWIDTH: [width * numbers_per_pixel],
-        tiff.IMAGELENGTH: [height],
-        tiff.BITSPERSAMPLE: [read_bits],
-        tiff.COMPRESSION: [page.get(tiff.COMPRESSION, 1)],
-        tiff.PHOTOMETRIC_INTERPRETATION: [1],
-        tiff.SAMPLESPERPIXEL: [1],
-    }
-    if tiff.TILEWIDTH in page:
-        tags[tiff.TILEWIDTH] = [page[tiff.TILEWIDTH] * numbers_per_pixel]
-        tags[tiff.TILELENGTH] = [page[tiff.TILELENGTH]]
-        places = (tiff.TILEOFFSETS, tiff.TILEBYTECOUNTS)
-    else:
-        tags[tiff.ROWSPERSTRIP] = [page.get(tiff.ROWSPERSTRIP, height)]
-        places = (tiff.STRIPOFFSETS, tiff.STRIPBYTECOUNTS)
-    for tag in places:
-        parts = len(page[tag]) * num_bands // page.get(tiff.SAMPLESPERPIXEL, 1)
-        tags[tag] = page[tag][band * parts :][:parts]
-
     try:
-        with Image.open(io.BytesIO(with_directory(content, tags))) as image:
-            packed = np.asarray(image).astype(f"<u{read_bits // 8}")
-    except OSError as error:  # so says Pillow, too, if it lacks the library for it
-        raise ValueError(f"compression {tags[tiff.COMPRESSION][0]}: {error}") from None
-    order = "<" if content.startswith(b"II") else ">"
-    kind = {2: "i", 3: "f"}.get(page.get(tiff.SAMPLEFORMAT, (1,))[0], "u")
-    values = packed.view(f"{order}{kind}{bits // 8}").astype(f"{kind}{bits // 8}")
-    values = values.reshape(height, width, num_bands)
+        import tifffile
+    except ImportError:
+        raise MissingPackage(
+            "Pillow does not read all of this TIFF, but tifffile may: pip install tifffile"
+        ) from None
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is raised, too
 
-    if page.get(tiff.PREDICTOR, 1) == 2:  # the differences to the pixel on the left, in each tile
-        unsigned = values.view(f"u{bits // 8}")
-        tile_width = page.get(tiff.TILEWIDTH, width)
-        for left in range(0, width, tile_width):
-            tile = unsigned[:, left : left + tile_width]
-            tile[:] = tile.cumsum(axis=1, dtype=tile.dtype)
+    with tifffile.TiffFile(path) as file:
+        for page in file.pages:
+            check_size(page.imagewidth, page.imagelength, rules)
+        page, values = first_tiff_page(file)
+        others = tuple(page.extrasamples)
+        are_colours = are_grey_or_rgb(page.photometric, values.shape[-1], others)
+        orientation = page.tags.valueof(EXIF_ORIENTATION, 1)
+        return Values(values, are_colours, orientation, len(file.pages))
+
+
+def first_tiff_page(file) -> tuple:
+    """The first page of a tifffile.TiffFile that is not of one value, and its values; if all are,
+    the first one."""
+    for page in file.pages:
+        values = tiff_page_values(page)
+        if (values != values[0, 0]).any():
+            return page, values
+    page = file.pages[0]
+    return page, tiff_page_values(page)
+
+
+def tiff_page_values(page) -> np.ndarray:
+    """The values of a tifffile.TiffPage, h w c.
+
+    Raises ValueError for what is neither grey nor RGB nor bands, and MissingPackage.
+    """
+    is_known = page.photometric in (*TIFF_GREY, TIFF_RGB)
+    if not is_known or page.axes not in ("YX", "YXS", "SYX"):
+        raise ValueError(
+            f"a TIFF of {page.photometric.name}, axes {page.axes}, is not known here; save it as "
+            "grey, RGB or bands, h w c"
+        )
+    try:
+        values = page.asarray(maxworkers=1)
+    except (ValueError, KeyError, ImportError) as error:
+        if "imagecodecs" not in str(error):
+            raise
+        raise MissingPackage(
+            f"tifffile needs another package for this TIFF: pip install imagecodecs ({error})"
+        ) from None
+
+    if page.axes == "YX":
+        return values[..., None]
+    if page.axes == "SYX":  # band by band
+        return np.moveaxis(values, 0, -1)
     return values
-
-
-def with_directory(content: bytes, tags: dict[int, Sequence[int]]) -> bytes:
-    """A TIFF of one page, low bytes first: the content of another one, with tags at its end."""
-    content += b"\0" * (len(content) % 2)
-    rest_at = len(content) + 2 + 12 * len(tags) + 4
-    directory = struct.pack("<H", len(tags))
-    rest = b""
-    for tag, numbers in sorted(tags.items()):
-        packed = struct.pack(f"<{len(numbers)}L", *numbers)
-        if len(numbers) > 1:
-            rest += packed
-            packed = struct.pack("<L", rest_at + len(rest) - len(packed))
-        directory += struct.pack("<HHL", tag, TiffTags.LONG, len(numbers)) + packed
-    head = b"II" + struct.pack("<HL", 42, len(content))
-    return head + content[8:] + directory + bytes(4) + rest
 
 
 # ---- Preprocessing -------------------------------------------------------------------------------
@@ -2718,10 +2686,12 @@ def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def imagenet_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel; of grey, the means of the three."""
+    """Mean and standard deviation of each channel; for what is not RGB, the means of the three."""
     if channels == 3:
         return IMAGENET_MEAN, IMAGENET_STD
-    return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
+    mean = sum(IMAGENET_MEAN) / 3
+    std = sum(IMAGENET_STD) / 3
+    return (mean,) * channels, (std,) * channels
 
 
 def standardize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -82,8 +83,8 @@ def as_batch(pictures: list[np.ndarray]) -> train_msn.Batch:
     return train_msn.pack(images, list(range(len(pictures))))
 
 
-def write_png(path: Path, values: np.ndarray) -> Path:
-    """A PNG of 16-bit values h w c: grey and alpha, RGB or RGBA."""
+def write_png(path: Path, values: np.ndarray, transparent: tuple[int, ...] = ()) -> Path:
+    """A PNG of 16-bit values h w c: grey and alpha, RGB or RGBA; transparent: a colour of RGB."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content)
@@ -93,79 +94,36 @@ def write_png(path: Path, values: np.ndarray) -> Path:
     kind = {2: 4, 3: 2, 4: 6}[channels]
     header = struct.pack(">LLBBBBB", width, height, 16, kind, 0, 0, 0)
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    colour = struct.pack(">HHH", *transparent) if transparent else b""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
+        + (chunk(b"tRNS", colour) if transparent else b"")
         + chunk(b"IDAT", zlib.compress(lines))
         + chunk(b"IEND", b"")
     )
     return path
 
 
-def write_tiff(
-    path: Path,
-    pages: np.ndarray | list[np.ndarray],
-    colours: int = 1,
-    others: tuple[int, ...] | None = None,
-    order: str = "<",
-    band_by_band: bool = False,
-    differences: bool = False,
-    lines_per_strip: int = 1000,
-    orientation: int = 1,
-) -> Path:
-    """A TIFF of pages h w c. colours: 1 for grey, 3 for RGB; others: what the bands beyond them
-    are (0: anything, 2: alpha), by default anything; differences: of neighbours, compressed."""
-    content = b"II*\0" if order == "<" else b"MM\0*"
-    link = len(content)  # where the place of the next page is to be written
-    content += bytes(4)
-    for values in pages if isinstance(pages, list) else [pages]:
-        height, width, bands = values.shape
-        stored = values
-        if differences:
-            stored = values.copy()
-            stored[:, 1:] -= values[:, :-1]
-        stored = stored.astype(stored.dtype.newbyteorder(order))
-        planes = np.split(stored, bands, axis=2) if band_by_band else [stored]
-        starts = range(0, height, lines_per_strip)
-        strips = [plane[at : at + lines_per_strip].tobytes() for plane in planes for at in starts]
-        strips = [zlib.compress(strip) for strip in strips] if differences else strips
+def write_tiff(path: Path, *pages: np.ndarray, colours: str = "minisblack", **options) -> Path:
+    """A TIFF of pages h w c, as the package tifffile writes it; tests that need it skip without.
 
-        places = []
-        for strip in strips:
-            places.append(len(content))
-            content += strip + bytes(len(strip) % 2)
-        extra = (0,) * (bands - colours) if others is None else others
-        tags = {
-            256: [width],
-            257: [height],
-            258: [8 * values.itemsize] * bands,
-            259: [8 if differences else 1],
-            262: [1 if colours == 1 else 2],
-            273: places,
-            274: [orientation],
-            277: [bands],
-            278: [lines_per_strip],
-            279: [len(strip) for strip in strips],
-            284: [2 if band_by_band else 1],
-            317: [2 if differences else 1],
-            338: extra,
-            339: [{"u": 1, "i": 2, "f": 3}[values.dtype.kind]] * bands,
-        }
-        tags = {tag: numbers for tag, numbers in tags.items() if numbers}
-        here = struct.pack(order + "L", len(content))
-        content = content[:link] + here + content[link + 4 :]
-        link = len(content) + 2 + 12 * len(tags)
-        directory = struct.pack(order + "H", len(tags))
-        rest = b""
-        for tag, numbers in tags.items():
-            packed = struct.pack(f"{order}{len(numbers)}L", *numbers)
-            if len(numbers) > 1:
-                packed, rest = struct.pack(order + "L", link + 4 + len(rest)), rest + packed
-            directory += struct.pack(order + "HHL", tag, 4, len(numbers)) + packed
-        content += directory + bytes(4) + rest
+    colours: "rgb" if the first three are; band_by_band: each band by itself.
+    """
+    tifffile = pytest.importorskip("tifffile")
+    byteorder = options.pop("byteorder", "<")
+    band_by_band = options.pop("band_by_band", False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    with tifffile.TiffWriter(path, byteorder=byteorder) as file:
+        for values in pages:
+            layout = "separate" if band_by_band else "contig"
+            if values.shape[2] == 1:
+                values = values[..., 0]
+                layout = None
+            elif band_by_band:
+                values = np.moveaxis(values, 2, 0)
+            file.write(values, photometric=colours, planarconfig=layout, metadata=None, **options)
     return path
 
 

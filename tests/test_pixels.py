@@ -5,6 +5,7 @@ Nothing of a picture is lost without a word, and all that read pictures read the
 
 import json
 import struct
+import sys
 import warnings
 from pathlib import Path
 
@@ -132,54 +133,141 @@ def test_values_that_are_no_numbers_do_no_harm():
     assert to_bytes(values, PictureRules()).tolist() == [[0, 128, 255, 0, 255, 0]]
 
 
+@pytest.mark.parametrize("values", [BYTES // 9, (BYTES // 9)[..., None].repeat(3, axis=2)])
+def test_bytes_stay_as_they_are(values, tmp_path):
+    """A dark picture of 8 bits is dark, in whatever form it comes and whatever others hold."""
+    rules = PictureRules(integer_range=(0, 4095))
+    expected = preprocess(Image.fromarray(values), tiny_config())
+    assert_close(preprocess(values, tiny_config(), rules=rules), expected)
+    path = write_array(tmp_path / "1.npy", values)
+    assert load_image(path, 64, rules).max() == values.max()
+
+
+# -- 16-bit colours and other TIFFs ----------------------------------------------------------------
+
+
+def colours_of_16_bits(channels: int, bits: int) -> np.ndarray:
+    """Two channels are grey and alpha, four are RGB and alpha, which is opaque."""
+    values = bands_of(channels, 2**bits - 1, np.uint16)
+    if channels in (2, 4):
+        values[..., -1] = 65535
+    return values
+
+
 @pytest.mark.parametrize("bits", [8, 12, 16])
 @pytest.mark.parametrize("channels", [2, 3, 4])
-def test_colours_of_16_bits_keep_their_levels(channels, bits, tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_colours_of_16_bits_keep_their_levels(suffix, channels, bits, tmp_path):
     """PNGs and TIFFs of 16-bit colours, with and without alpha, of which Pillow gives 8 bits."""
-    expected = bands_of(channels)
-    values = bands_of(channels, 2**bits - 1, np.uint16)
-    has_alpha = channels in (2, 4)
-    if has_alpha:
-        expected[..., -1] = 255
-        values[..., -1] = 65535
-    colours = 1 if channels == 2 else 3
-    png = write_png(tmp_path / "1.png", values)
-    tif = write_tiff(tmp_path / "1.tif", values, colours, (2,) if has_alpha else ())
-    for path in (png, tif):
-        assert np.array_equal(values_in(path), values)
-        seen = load_image(path, 64).astype(int)
-        assert np.abs(seen - expected[..., :colours]).max() <= 1
-        assert len(np.unique(seen)) > 90
+    values = colours_of_16_bits(channels, bits)
+    if suffix == "png":
+        path = write_png(tmp_path / "1.png", values)
+    else:
+        colours = "minisblack" if channels == 2 else "rgb"
+        has_alpha = channels in (2, 4)
+        options = {"extrasamples": ("unassalpha",)} if has_alpha else {}
+        path = write_tiff(tmp_path / "1.tif", values, colours=colours, **options)
+    assert np.array_equal(values_in(path), values)
+
+    seen = load_image(path, 64).astype(int)
+    num_colours = 1 if channels == 2 else 3
+    assert np.abs(seen - bands_of(num_colours)).max() <= 1
+    assert len(np.unique(seen)) > 90
+
+
+def test_a_png_of_16_bit_colours_may_declare_one_of_them_transparent(tmp_path):
+    """That colour becomes the background, and nothing else does."""
+    values = colours_of_16_bits(3, 16)
+    values[0, 0] = 1, 2, 3
+    path = write_png(tmp_path / "1.png", values, transparent=(1, 2, 3))
+    seen = load_image(path, 64).astype(int)
+    assert (seen[0, 0] == 255).all()
+    assert np.abs(seen - bands_of(3)).reshape(-1, 3)[1:].max() <= 1
 
 
 @given(data=st.data())
-def test_every_tiff_of_bands_is_read_as_it_was_written(data, tmp_path):
+def test_every_tiff_is_read_as_it_was_written(data, tmp_path):
     """Any number of bands and kind of number, however they are laid out and packed."""
-    kind = data.draw(st.sampled_from(["u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"]))
+    kind = data.draw(st.sampled_from(["u1", "u2", "u4", "i1", "i2", "i4", "f2", "f4", "f8"]))
     shape = data.draw(st.tuples(*[st.integers(1, 9)] * 2, st.integers(1, 6)))
     values = data.draw(arrays(kind, shape))
-    if kind == "u1" and shape[2] == 1:
-        return  # that is an ordinary picture
-    differences = data.draw(st.booleans()) and kind[0] != "f"
+    compression = data.draw(st.sampled_from([None, "zlib"]))
+    keeps_differences = compression and kind[0] != "f" and data.draw(st.booleans())
     path = write_tiff(
         tmp_path / "1.tif",
         values,
-        order=data.draw(st.sampled_from("<>")),
+        byteorder=data.draw(st.sampled_from("<>")),
         band_by_band=data.draw(st.booleans()),
-        differences=differences,
-        lines_per_strip=data.draw(st.integers(1, 9)),
+        compression=compression,
+        predictor=keeps_differences or None,
+        rowsperstrip=data.draw(st.integers(1, 9)),
     )
-    read = values_in(path)
-    assert read.dtype == values.dtype and np.array_equal(read, values, equal_nan=True)
+    with open_picture(path, PictureRules()) as picture:
+        read = np.asarray(picture) if isinstance(picture, Image.Image) else picture.values
+    assert np.array_equal(read.reshape(shape), values, equal_nan=kind[0] == "f")
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_without_tifffile_what_needs_it_is_refused_by_its_name(opens, tmp_path, monkeypatch):
+    """Whether Pillow opens a TIFF and would drop a band, or does not open it."""
+    monkeypatch.setitem(sys.modules, "tifffile", None)  # as if it were not installed
+    path = tmp_path / "bad.tif"
+    if opens:
+        Image.frombytes("RGBX", (12, 8), bands_of(4).tobytes()).save(path)
+    else:
+        Image.fromarray(BYTES).save(path)
+        bits = struct.pack("<HHLH", 258, 3, 1, 8)
+        path.write_bytes(path.read_bytes().replace(bits, bits[:-2] + struct.pack("<H", 64)))
+    with pytest.raises(ImportError, match="pip install tifffile"):
+        preprocess(path, tiny_config())
+
+    for i in range(3):
+        save_picture(tmp_path / f"{i}.png", bands_of(3))
+    (note,) = folder_images(tmp_path, 8, CACHE).notes[2:]
+    assert note == (
+        "1 of 4 files tried can't be read: 1 in need of a package: Pillow does not read all of "
+        "this TIFF, but tifffile may: pip install tifffile (bad.tif)"
+    )
+
+
+def test_a_tiff_that_tifffile_cannot_unpack_names_the_package_that_it_needs(tmp_path, monkeypatch):
+    """Some kinds of compression need imagecodecs."""
+    path = write_tiff(tmp_path / "1.tif", bands_of(5))
+    tifffile = pytest.importorskip("tifffile")
+
+    def fail(*_, **__):
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", fail)
+    files = ImageFiles([path], 8, 0, check=False)
+    assert files.read(0) is None
+    assert files.why(0).startswith("in need of a package: tifffile needs")
+    assert "pip install imagecodecs (<COMPRESSION.LZW" in files.why(0)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
+def test_a_truncated_tiff_of_bands_is_unreadable_and_nothing_else_is_said(share, tmp_path, capfd):
+    """Never half a picture, and no line of the package that reads it."""
+    path = write_tiff(tmp_path / "1.tif", bands_of(5), compression="zlib")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    files = ImageFiles([path], 8, 0, check=False)
+    assert files.read(0) is None and files.why(0)
+    assert capfd.readouterr() == ("", "")
 
 
 # -- channels --------------------------------------------------------------------------------------
 
 WRITERS = {
     "tif": lambda path, bands: write_tiff(path.with_suffix(".tif"), bands),
-    "tif, RGB and more": lambda path, bands: write_tiff(path.with_suffix(".tif"), bands, 3),
+    "tif, RGB and more": lambda path, bands: write_tiff(
+        path.with_suffix(".tif"),
+        bands,
+        colours="rgb",
+        extrasamples=["unspecified"] * (bands.shape[2] - 3),
+    ),
     "tif, bands apart": lambda path, bands: write_tiff(
-        path.with_suffix(".tif"), bands, band_by_band=True, lines_per_strip=3
+        path.with_suffix(".tif"), bands, band_by_band=True
     ),
     "npy": lambda path, bands: write_array(path.with_suffix(".npy"), bands),
     "npy, bands first": lambda path, bands: write_array(
@@ -240,8 +328,8 @@ def test_pictures_of_other_channels_are_refused_with_what_would_do(picture, chan
 def test_odd_pictures_among_others_are_said_as_what_they_are(tmp_path):
     """The commonest number of channels counts; files of another are counted with the reason."""
     for i in range(5):
-        save_picture(tmp_path / f"{i}.png", bands_of(3))
-    write_tiff(tmp_path / "5.tif", bands_of(5))
+        write_array(tmp_path / f"{i}.npy", bands_of(3))
+    write_array(tmp_path / "5.npy", bands_of(5))
     data = folder_images(tmp_path, 64, CACHE)
     assert data.picture_rules.num_channels == 3
     said = "1 of 6 files tried can't be read: 1 of other channels: a picture has 5 bands"
@@ -287,7 +375,7 @@ def test_a_run_on_bands_trains_evaluates_and_is_used(channels, tmp_path, monkeyp
             bands = rng.integers(0, 120 + 100 * (i % 2), (20, 20, 5), dtype=np.uint8)
             path = tmp_path / "data" / part / "ab"[i % 2] / f"{i}"
             if channels == 5:
-                write_tiff(path.with_suffix(".tif"), bands)
+                write_array(path.with_suffix(".npy"), bands)
             else:
                 save_picture(path.with_suffix(".png"), bands[..., :3])
     run = tmp_path / "run"
@@ -359,12 +447,8 @@ def test_the_first_frame_or_page_that_is_not_of_one_colour_is_taken(suffix, tmp_
     blank.save(path, save_all=True, append_images=frames[1:], **options)
     assert np.abs(load_image(path, 64)[..., 0].astype(int) - BYTES).max() <= 1
     with Image.open(path) as image:
-        assert (
-            np.abs(
-                np.asarray(upright_layers(image, PictureRules())[0])[..., 0].astype(int) - BYTES
-            ).max()
-            <= 1
-        )
+        (layer,) = upright_layers(image, PictureRules())
+        assert np.abs(np.asarray(layer)[..., 0].astype(int) - BYTES).max() <= 1
         assert image.tell() == 0  # the caller's picture is left where it was
     notes = folder_images(tmp_path, 8, CACHE).notes
     assert sum("1 of 1 pictures tried have several frames" in note for note in notes) == 1
@@ -411,12 +495,12 @@ def test_an_exif_entry_that_points_nowhere_is_no_reason_to_refuse(tmp_path):
 def test_the_first_page_of_a_tiff_of_bands_that_is_not_blank_is_taken(tmp_path):
     """As with other pictures, also of 16-bit colours and five bands; pages are said."""
     for bands in (bands_of(5), bands_of(3, 65535, np.uint16)):
+        colours = "rgb" if bands.shape[2] == 3 else "minisblack"
         blank = np.zeros_like(bands)
-        colours = 3 if bands.shape[2] == 3 else 1
-        path = write_tiff(tmp_path / "1.tif", [blank, bands, bands[::-1]], colours)
+        path = write_tiff(tmp_path / "1.tif", blank, bands, bands[::-1], colours=colours)
         assert np.array_equal(values_in(path), bands)
         assert any("several frames" in note for note in folder_images(tmp_path, 8, CACHE).notes)
-        path = write_tiff(tmp_path / "1.tif", [blank, blank + 1], colours)
+        path = write_tiff(tmp_path / "1.tif", blank, blank + 1, colours=colours)
         assert not values_in(path).any()
 
 
@@ -427,7 +511,8 @@ def test_values_are_turned_upright(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.open(plain).save(tmp_path / "2.png", exif=exif)
-    path = write_tiff(tmp_path / "1.tif", bands_of(5), orientation=orientation)
+    tag = (0x0112, "H", 1, orientation, True)
+    path = write_tiff(tmp_path / "1.tif", bands_of(5), extratags=[tag])
     assert np.array_equal(load_image(path, 64)[..., :3], load_image(tmp_path / "2.png", 64))
 
 
@@ -457,6 +542,9 @@ def test_the_limit_of_pixels_is_a_setting_and_is_named_with_the_size(tmp_path):
     assert files.read(0) is None
     assert "120 x 80 are 0.0096 megapixels, above the limit max_megapixels=0.005" in files.why(0)
 
+    array = write_array(tmp_path / "large.npy", np.zeros((80, 120, 5)))
+    assert ImageFiles([array], 8, 0, check=False, rules=rules).read(0) is None
+
     limit = Image.MAX_IMAGE_PIXELS
     try:
         Image.MAX_IMAGE_PIXELS = 100
@@ -464,6 +552,13 @@ def test_the_limit_of_pixels_is_a_setting_and_is_named_with_the_size(tmp_path):
         assert Image.MAX_IMAGE_PIXELS == 100
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def test_the_limit_of_pixels_is_one_for_all_pages_of_a_tiff_of_bands(tmp_path):
+    """A second page that is larger is not opened, either."""
+    path = write_tiff(tmp_path / "1.tif", bands_of(5), np.tile(bands_of(5), (10, 10, 1)))
+    files = ImageFiles([path], 8, 0, check=False, rules=PictureRules(max_megapixels=0.005))
+    assert files.read(0) is None and files.why(0).startswith("too large: 120 x 80")
 
 
 @pytest.mark.parametrize(
