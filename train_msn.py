@@ -69,6 +69,7 @@ from vitmsn import sample_block_to_keep, sample_patches_to_keep, sharpen, sinkho
 PRECISIONS = ("auto", "float32", "bfloat16", "float64")
 ANY = (-1e12, 1e12)  # a range of no meaning
 THREADS_HELP = "intra-op threads; 0: one for a small model, else as many as torch takes"
+RACE_HELP = "intra-op threads; 0: as many as are quickest when the run starts, which is measured"
 
 
 def opt(default, text: str, **limits):
@@ -176,7 +177,7 @@ class TrainConfig:
     )
     # Machine
     device: str = opt("auto", "auto: a GPU if there is one, else cpu; or any that torch knows")
-    threads: int = opt(0, THREADS_HELP, range=(0, 1024))
+    threads: int = opt(0, RACE_HELP, range=(0, 1024))
     precision: str = opt("auto", "auto: bfloat16 where fast", choices=PRECISIONS)
     gradient_checkpointing: bool = opt(False, "keep less, compute more")
     compile: bool = opt(False, "torch.compile both encoders: minutes of waiting, then faster steps")
@@ -1313,13 +1314,56 @@ def set_threads(threads: int, hidden_size: int) -> None:
     as torch takes.
 
     In a small model an operation is so short that a second thread wins little; and if other
-    programs keep the cores busy, every operation waits until its last thread had a turn. The next
-    step's views are made by a thread of their own, however many there are here.
+    programs keep the cores busy, every operation waits until its last thread had a turn.
     """
     if threads == 0 and hidden_size < SMALL_WIDTH:
         threads = 1
     if threads:
         torch.set_num_threads(threads)
+
+
+def quickest_threads(config: TrainConfig) -> int:
+    """How many threads, 1, 2, 4, ..., make operations of the model's size quickest now.
+
+    More threads are quicker while the cores have nothing else to do. If other programs keep them
+    busy, every operation waits for the thread whose turn comes last, and one is quicker than two.
+    (The next step's views are made by one more thread, which is alone.)
+    """
+    num_patches = (config.image_size // config.patch_size) ** 2
+    num_tokens = config.batch_size * (1 + num_patches)
+    tokens = torch.ones(min(num_tokens, 1024), config.hidden_size)
+    weights = torch.ones(config.hidden_size, 4 * config.hidden_size)
+
+    most = torch.get_num_threads()
+    if most == 1:
+        return 1
+    best = 1
+    seconds = seconds_of_a_lap(tokens, weights, best)
+    while 2 * best <= most:
+        seconds_of_more = seconds_of_a_lap(tokens, weights, 2 * best)
+        if seconds_of_more > WORTH_MORE * seconds:
+            break
+        best *= 2
+        seconds = seconds_of_more
+    return best
+
+
+def seconds_of_a_lap(tokens: Tensor, weights: Tensor, threads: int) -> float:
+    """How long the first half of an MLP takes, in the mean of a race. Sets the threads."""
+    torch.set_num_threads(threads)
+    nn.functional.gelu(tokens @ weights)  # here new threads are started
+    start = time.perf_counter()
+    laps = 0
+    elapsed = 0.0
+    while elapsed < RACE_SECONDS:
+        nn.functional.gelu(tokens @ weights)
+        laps += 1
+        elapsed = time.perf_counter() - start
+    return elapsed / laps
+
+
+WORTH_MORE = 0.8  # twice the threads are taken if a lap needs at most this share of the time
+RACE_SECONDS = 0.2  # long enough that other programs have their turn, too
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
@@ -1829,6 +1873,7 @@ class InputsAhead:
 
     def work(self) -> None:
         """What the thread does."""
+        torch.set_num_threads(1)  # of its own: more would take the cores from those of the step
         if hasattr(signal, "pthread_sigmask"):  # not on Windows
             if multiprocessing.get_start_method() != "fork":
                 resource_tracker.ensure_running()  # which would take the block away
@@ -2815,13 +2860,15 @@ def announce(
     labels = "no labels"
     if data.val:
         labels = f"{len(data.val)} for validation, {len(data.classes)} classes"
+    device = model.prototypes.device
+    threads = f", --threads {config.threads}" if device.type == "cpu" else ""
     lines = (
         f"run folder {folder}: recipe {config.recipe}, seed {config.seed}; "
         f"{steps.start} of {steps.stop} steps are done",
         f"data {config.data}: {len(data.train)} training images, {labels}",
         *data.notes,
         f"encoder and projection head: {million_parameters:.2f} M parameters; "
-        f"{config.precision} on {model.prototypes.device}",
+        f"{config.precision} on {device}{threads}",
     )
     say("\n".join(lines))
 
@@ -4553,8 +4600,10 @@ def main(argv: list[str]) -> None:
     recipe = given.get("recipe") or recipe_for(given.get("data", "synthetic"))
     folder = choose_folder(make_config({"recipe": recipe, **given}))
     config, content = settle(given, folder, recipe)
-    set_threads(config.threads, config.hidden_size)
     processes = start_processes(config)
+    if config.threads == 0:
+        config = replace(config, threads=quickest_threads(config))  # kept for a resumed run
+    torch.set_num_threads(config.threads)
     config = replace(config, precision=choose_precision(config.precision, processes.device))
     data = open_data(config)
     check_same_images(content, data, config)

@@ -44,6 +44,7 @@ TINY = as_flags(
     initializer_range=0.02,  # from larger weights, rounding grows within ten steps
     warmup_epochs=1,
     device="cpu",
+    threads=1,
     knn_every=1,
 )
 

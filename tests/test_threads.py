@@ -1,5 +1,7 @@
 """--threads: how many threads share an operation, in all three programs, and what depends on it."""
 
+import json
+
 from dataclasses import replace
 
 import pytest
@@ -43,25 +45,71 @@ def test_a_small_model_takes_one_thread_unless_told_otherwise(
     assert torch.get_num_threads() == expected
 
 
-@pytest.mark.parametrize(("flags", "expected"), [([], 1), (["--threads", "3"], 3)])
-def test_train_msn_takes_threads(two_threads, pictures, tmp_path, monkeypatch, flags, expected):
-    """The flag holds for steps, and for the thread that makes the next step's views beside them."""
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({1: 1.0, 2: 0.6, 4: 0.3, 8: 0.2}, 8),  # free cores
+        ({1: 1.0, 2: 0.6, 4: 0.5, 8: 0.1}, 2),  # four win too little, and eight are not tried
+        ({1: 1.0, 2: 0.9}, 1),
+        ({1: 1.0, 2: 9.0}, 1),  # busy ones
+    ],
+)
+def test_twice_the_threads_are_taken_if_they_win_a_race(monkeypatch, seconds, expected):
+    """1, 2, 4, ... run against each other, up to as many as torch would take."""
+    torch.set_num_threads(11)
+    monkeypatch.setattr(train_msn, "seconds_of_a_lap", lambda x, y, threads: seconds[threads])
+    assert train_msn.quickest_threads(train_msn.make_config({})) == expected
+
+
+def test_a_race_is_run_with_as_many_threads_as_it_says(two_threads):
+    """It takes some time, and sets the number of threads."""
+    tokens = torch.ones(4, 8)
+    assert 0 < train_msn.seconds_of_a_lap(tokens, torch.ones(8, 4), 3) < train_msn.RACE_SECONDS
+    assert torch.get_num_threads() == 3
+
+
+def with_watched_threads(monkeypatch) -> dict[str, int]:
+    """The number of threads that each part of training has, filled when it runs."""
     seen = {}
 
     def watch(name):
         real = getattr(train_msn, name)
 
         def watched(*arguments):
-            seen[name] = torch.get_num_threads()
+            if name not in seen:  # at the end of a run, the main thread makes views, too
+                seen[name] = torch.get_num_threads()
             return real(*arguments)
 
         monkeypatch.setattr(train_msn, name, watched)
 
     watch("train_step")
     watch("make_views")
-    arguments = [*TINY, "--data", pictures, "--output-dir", tmp_path / "run", "--max-steps", 3]
-    assert run_here(*arguments, *flags) == 0
-    assert seen == {"train_step": expected, "make_views": expected}
+    return seen
+
+
+def test_train_msn_takes_threads(two_threads, pictures, tmp_path, monkeypatch, capsys):
+    """The flag holds for steps. The thread that makes the next step's views has no others."""
+    seen = with_watched_threads(monkeypatch)
+    flags = ["--output-dir", tmp_path / "run", "--max-steps", 3, "--threads", 3]
+    assert run_here(*TINY, "--data", pictures, *flags) == 0
+    assert seen == {"train_step": 3, "make_views": 1}
+    assert "float32 on cpu, --threads 3" in capsys.readouterr().out
+
+
+def test_a_resumed_run_takes_as_many_threads_as_it_started_with(
+    two_threads, pictures, tmp_path, monkeypatch
+):
+    """What was quickest at the start is kept, so that the run ends with the same bits."""
+    monkeypatch.setattr(train_msn, "quickest_threads", lambda config: 2)
+    run = [*TINY, "--threads", 0, "--data", pictures, "--output-dir", tmp_path / "run"]
+    assert run_here(*run, "--max-steps", 3) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["threads"] == 2
+
+    monkeypatch.setattr(train_msn, "quickest_threads", lambda config: 1)
+    seen = with_watched_threads(monkeypatch)
+    assert run_here("--resume", "--output-dir", tmp_path / "run") == 0
+    assert seen["train_step"] == 2
 
 
 @pytest.mark.parametrize(("flags", "expected"), [([], 1), (["--threads", "3"], 3)])
