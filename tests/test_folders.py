@@ -6,6 +6,7 @@ Whatever is passed over is counted and said.
 import numpy as np
 import pytest
 import torch
+from common import tiny_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import TINY, make_grey_pictures, make_pictures, run_here, save_picture
@@ -13,6 +14,7 @@ from runs import TINY, make_grey_pictures, make_pictures, run_here, save_picture
 import finetune
 import train_msn
 from train_msn import UsageError, find_pictures, folder_images, make_config, sort_pictures
+from vitmsn import PictureRules
 
 CACHE = 2**20
 RAMP = np.arange(0, 252, 7, dtype=np.uint8).reshape(6, 6)
@@ -253,6 +255,15 @@ def test_a_run_says_what_it_took_in_at_most_twelve_lines(tmp_path, capsys):
         "for other reasons",
     ):
         assert fact in said
+
+
+def test_what_needs_labels_names_the_folder_and_the_reason(tmp_path):
+    """Pretraining goes on with pictures in val/ itself; the label table can't, and says why."""
+    for name in ("train/a/1.png", "train/b/2.png", "val/3.png"):
+        save_picture(tmp_path / name, RAMP)
+    with pytest.raises(UsageError, match=r"takes labels, .*val are in no class folder") as refusal:
+        finetune.open_labelled_data(str(tmp_path), {}, tiny_backbone(), PictureRules())
+    assert str(tmp_path / "val") in str(refusal.value)
 
 
 def test_a_column_with_too_few_pictures_is_left_out_alone():

@@ -27,6 +27,7 @@ from vitmsn import (
     OtherChannels,
     PictureRules,
     ViTMSNConfig,
+    array_values,
     find_range,
     open_picture,
     preprocess,
@@ -207,6 +208,32 @@ def test_every_tiff_is_read_as_it_was_written(data, tmp_path):
     assert np.array_equal(read.reshape(shape), values, equal_nan=kind[0] == "f")
 
 
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("i1", {}),
+        ("u4", {}),
+        ("i2", {"byteorder": ">", "compression": "zlib"}),
+        ("f4", {"byteorder": ">", "compression": "zlib"}),
+    ],
+)
+def test_tiffs_that_pillow_misreads_are_read_as_they_were_written(kind, options, tmp_path):
+    """Of these Pillow mistakes the sign or the order of bytes, without a word."""
+    bits = np.arange(96 * np.dtype(kind).itemsize, dtype=np.uint8)[::-1].copy()
+    values = bits.view(kind).reshape(8, 12, 1)
+    path = write_tiff(tmp_path / "1.tif", values, **options)
+    assert np.array_equal(values_in(path), values, equal_nan=kind == "f4")
+
+
+def test_a_tiff_of_another_meaning_is_refused_in_words(tmp_path):
+    """Numbers of a table of 16-bit colours are no brightness."""
+    table = np.zeros((3, 65536), np.uint16)
+    values = bands_of(1, 4095, np.uint16)
+    path = write_tiff(tmp_path / "1.tif", values, colours="palette", colormap=table)
+    with pytest.raises(ValueError, match=r"a TIFF of PALETTE, .* save it as grey, RGB or bands"):
+        preprocess(path, tiny_config())
+
+
 @pytest.mark.parametrize("opens", [True, False])
 def test_without_tifffile_what_needs_it_is_refused_by_its_name(opens, tmp_path, monkeypatch):
     """Whether Pillow opens a TIFF and would drop a band, or does not open it."""
@@ -246,14 +273,14 @@ def test_a_tiff_that_tifffile_cannot_unpack_names_the_package_that_it_needs(tmp_
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
-def test_a_truncated_tiff_of_bands_is_unreadable_and_nothing_else_is_said(share, tmp_path, capfd):
-    """Never half a picture, and no line of the package that reads it."""
+def test_a_truncated_tiff_of_bands_is_unreadable_and_nothing_else_is_said(share, tmp_path, caplog):
+    """Never half a picture, and no line in the log of the package that reads it."""
     path = write_tiff(tmp_path / "1.tif", bands_of(5), compression="zlib")
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     files = ImageFiles([path], 8, 0, check=False)
     assert files.read(0) is None and files.why(0)
-    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
 
 
 # -- channels --------------------------------------------------------------------------------------
@@ -306,6 +333,8 @@ def test_num_channels_is_a_setting(tmp_path):
     seen = load_image(path, 64, PictureRules(num_channels=4))
     assert np.array_equal(seen, bands_of(4))
     assert preprocess(path, tiny_config(num_channels=4)).shape == (1, 4, 32, 32)
+    grey = preprocess(path, tiny_config(num_channels=1), rules=PictureRules())
+    assert grey.shape == (1, 1, 32, 32)  # the model says it, whatever the rules say
     assert_close(preprocess(np.asarray(rgba), tiny_config()), preprocess(rgba, tiny_config()))
 
 
@@ -334,6 +363,25 @@ def test_odd_pictures_among_others_are_said_as_what_they_are(tmp_path):
     assert data.picture_rules.num_channels == 3
     said = "1 of 6 files tried can't be read: 1 of other channels: a picture has 5 bands"
     assert any(note.startswith(said) for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    "shape, channels, expected",
+    [
+        ((7, 9, 3), 3, (7, 9, 3)),
+        ((3, 7, 9), 3, (7, 9, 3)),
+        ((1, 9, 3), 3, (1, 9, 3)),
+        ((7, 9), 3, (7, 9, 1)),
+        ((7, 9, 5), 0, (7, 9, 5)),
+        ((5, 7, 9), 0, (7, 9, 5)),
+        ((3, 9, 5), 5, (3, 9, 5)),
+        ((3, 9, 5), 3, (9, 5, 3)),
+    ],
+)
+def test_the_channels_of_an_array_are_the_axis_that_fits(shape, channels, expected):
+    """The last axis or the first, by their lengths and by what is asked for."""
+    picture = array_values(np.zeros(shape, np.uint8), PictureRules(num_channels=channels))
+    assert picture.values.shape == expected
 
 
 def test_arrays_beside_pictures_are_passed_over(tmp_path):

@@ -163,6 +163,14 @@ def test_a_saved_preprocessor_changes_no_pixel(channels, tmp_path):
         assert_close(pixels, preprocess(random_picture(), model.config, protocol), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_saved_preprocessor_has_statistics_of_each_channel(channels, tmp_path):
+    """As many means and deviations as there are channels: transformers insists on it."""
+    tiny_classifier(num_channels=channels).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert len(saved["image_mean"]) == len(saved["image_std"]) == channels
+
+
 def test_a_preprocessor_that_a_folder_brought_along_is_kept(tmp_path):
     """Loading and saving again loses nothing of the file, whatever is in it."""
     brought = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "other": [1]}
