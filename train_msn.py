@@ -68,8 +68,10 @@ from vitmsn import sample_block_to_keep, sample_patches_to_keep, sharpen, sinkho
 # ---- Settings: one frozen dataclass, from which the command line is derived ----------------------
 PRECISIONS = ("auto", "float32", "bfloat16", "float64")
 ANY = (-1e12, 1e12)  # a range of no meaning
-THREADS_HELP = "intra-op threads; 0: one for a small model, else as many as torch takes"
-RACE_HELP = "intra-op threads; 0: as many as are quickest when the run starts, which is measured"
+THREADS_HELP = (
+    "intra-op threads; 0: in training as many as are quickest at its start, which is measured; "
+    "elsewhere one for a small model, as many as torch takes for others"
+)
 
 
 def opt(default, text: str, **limits):
@@ -177,7 +179,7 @@ class TrainConfig:
     )
     # Machine
     device: str = opt("auto", "auto: a GPU if there is one, else cpu; or any that torch knows")
-    threads: int = opt(0, RACE_HELP, range=(0, 1024))
+    threads: int = opt(0, THREADS_HELP, range=(0, 1024))
     precision: str = opt("auto", "auto: bfloat16 where fast", choices=PRECISIONS)
     gradient_checkpointing: bool = opt(False, "keep less, compute more")
     compile: bool = opt(False, "torch.compile both encoders: minutes of waiting, then faster steps")
