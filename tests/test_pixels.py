@@ -438,7 +438,8 @@ def test_a_run_on_bands_trains_evaluates_and_is_used(channels, tmp_path, monkeyp
     table = [*labels, "--methods", "probe,finetune,untrained,pixels,knn20", "--no-full"]
     pictures = [str(path) for path in (tmp_path / "data" / "val").rglob("*.*")][:2]
     commands = [table, ["train", *labels], ["predict", "run/classifier", *pictures]]
-    commands += [[name, "run", *pictures] for name in ("attention", "embed", "neighbours")]
+    commands += [["attention", "run", pictures[0]]]
+    commands += [[name, "run", *pictures] for name in ("embed", "neighbours")]
     for command in commands:
         assert train_msn.run_program(finetune.main, command) == 0
 
