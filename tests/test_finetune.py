@@ -467,11 +467,12 @@ def read_csv(path: Path) -> list[dict]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
-def test_slow_precision_is_said_before_the_table_is_made(world, monkeypatch):
+def test_slow_precision_is_said_before_the_table_is_made(world, tmp_path, monkeypatch):
     """The device is asked whether it is quick in the precision that was asked for."""
     asked = []
     monkeypatch.setattr(finetune, "warn_of_slow_precision", lambda *how: asked.append(how))
-    assert run_on(world, precision="bfloat16", device="cpu", steps=1, methods="probe") == 0
+    flags = {"precision": "bfloat16", "device": "cpu", "methods": "probe", "output_dir": tmp_path}
+    assert run_on(world, **flags) == 0
     assert asked == [("bfloat16", torch.device("cpu"))]
 
 
