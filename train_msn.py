@@ -68,10 +68,7 @@ from vitmsn import sample_block_to_keep, sample_patches_to_keep, sharpen, sinkho
 # ---- Settings: one frozen dataclass, from which the command line is derived ----------------------
 PRECISIONS = ("auto", "float32", "bfloat16", "float64")
 ANY = (-1e12, 1e12)  # a range of no meaning
-THREADS_HELP = (
-    "intra-op threads; 0: in training as many as are quickest at its start, which is measured; "
-    "elsewhere one for a small model, as many as torch takes for others"
-)
+THREADS_HELP = "intra-op threads; 0: in training what is quickest at its start, else by the size"
 
 
 def opt(default, text: str, **limits):
@@ -88,20 +85,12 @@ class TrainConfig:
         "named settings: they replace these defaults; other flags come on top. Without it, own "
         "pictures get cifar10's or imagenette's, by their size",
     )
-    data: str = opt(
-        "synthetic", "synthetic, cifar10, or a folder (train/CLASS/*, val/CLASS/*, or any)"
-    )
+    data: str = opt("synthetic", "synthetic, cifar10, or a folder (train/CLASS/*, val/CLASS/*)")
     data_dir: str = opt("data", "where cifar-10-batches-py lies or is downloaded to")
-    output_dir: str = opt(
-        "", "the run's folder; by default runs/<recipe>-001 or the next free number"
-    )
-    resume: bool = opt(
-        False, "go on from the run's checkpoint, on the same images, or start if there is none"
-    )
+    output_dir: str = opt("", "the run's folder; without it the next free runs/<recipe>-001")
+    resume: bool = opt(False, "go on from the run's checkpoint, or start if there is none")
     changed_data: bool = opt(False, "resume, too, if pictures were added, removed or renamed")
-    init_from: str = opt(
-        "", "start from a run of ours, a transformers folder or an original .pth.tar"
-    )
+    init_from: str = opt("", "start from a run, a transformers folder or an original .pth.tar")
     seed: int = opt(0, "of everything random", range=(0, 2**31 - 1))
     # How long
     epochs: int = opt(800, "length of the run and of the schedules", range=(1, 10**6))
@@ -146,15 +135,9 @@ class TrainConfig:
     integer_range: tuple = opt(
         (0, 0), "16- and 32-bit values for black and white; 0 0: found on a sample", range=ANY
     )
-    float_range: tuple = opt(
-        (0, 0), "floating-point values for black and white; 0 0: found", range=ANY
-    )
+    float_range: tuple = opt((0, 0), "the same of floating-point values", range=ANY)
     max_megapixels: float = opt(256.0, "larger pictures are passed over", range=(1e-6, 10**6))
-    num_channels: int = opt(
-        0,
-        "c: 3 is RGB, 1 grey, others are bands; 0: bands if the files have some, else 3",
-        range=(0, 10**4),
-    )
+    num_channels: int = opt(0, "3 is RGB, 1 grey; 0: bands if there are, else 3", range=(0, 10**4))
     # Objective
     temperature: float = opt(0.1, "tau of the anchor assignments", range=(1e-3, 100))
     sharpening: float = opt(0.25, "T at the start; T tau is of the targets", range=(1e-3, 1))
@@ -174,9 +157,7 @@ class TrainConfig:
     clip_grad: float = opt(3.0, "limit of the encoder's gradient norm", range=(1e-6, 10**9))
     momentum: float = opt(0.996, "of the target encoder, at the start", range=(0, 1))
     final_momentum: float = opt(1.0, "at the end of its linear schedule", range=(0, 1))
-    schedule_stretch: float = opt(
-        1.25, "length of the schedules divided by the length of the run", range=(1, 10)
-    )
+    schedule_stretch: float = opt(1.25, "length of schedules / length of the run", range=(1, 10))
     # Machine
     device: str = opt("auto", "auto: a GPU if there is one, else cpu; or any that torch knows")
     threads: int = opt(0, THREADS_HELP, range=(0, 1024))
@@ -194,30 +175,12 @@ class TrainConfig:
 
     def picture_rules(self) -> PictureRules:
         """How pictures from files become pixels. Raises ValueError for what is no background."""
-        return PictureRules(
-            self.background,
-            self.integer_range,
-            self.float_range,
-            self.max_megapixels,
-            self.num_channels,
-        )
+        names = [f.name for f in fields(PictureRules)]
+        return PictureRules(**{name: getattr(self, name) for name in names})
 
     def model_config(self) -> ViTMSNConfig:
-        """The architecture, and the rules for pictures, where they are not the usual ones. Dropout
-        is 0 in pretraining, whatever a hub config says."""
-        rules = self.picture_rules().changes()
-        return ViTMSNConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=self.intermediate_size or 4 * self.hidden_size,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            num_channels=self.num_channels or 3,
-            initializer_range=self.initializer_range,
-            drop_path_rate=self.drop_path_rate,
-            extra={"picture_rules": rules} if rules else {},
-        )
+        """The architecture, and the rules for pictures, where they are not the usual ones."""
+        return model_config_of(self)
 
 
 # ---- Random numbers: each draw is a function of the seed and of what it is for -------------------
@@ -234,7 +197,7 @@ def generator_for(seed: int, *stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(high) << 31 ^ int(low))
 
 
-# ---- What a data set gives (the data sets themselves: below the loop) ----------------------------
+# ---- What a data set gives for a step (the data sets: below the loop) ----------------------------
 class Batch(NamedTuple):
     """Images as a data set gives them, of any sizes."""
 
@@ -265,27 +228,6 @@ class Batch(NamedTuple):
         """Say that the pixels are not needed any more: their memory may be used again."""
         if self.in_use is not None:
             self.in_use.zero_()
-
-
-def pack(images: list[Tensor], indices: list[int]) -> Batch:
-    """A batch of images, each c height width."""
-    pixels = torch.cat([image.permute(1, 2, 0).flatten() for image in images])
-    sizes = torch.tensor([image.shape[1:] for image in images])
-    return Batch(pixels, sizes, indices, [])
-
-
-class Images(NamedTuple):
-    """Images to train on and to validate with. Without labels both labels and val are None."""
-
-    classes: list[str]
-    train: Dataset
-    train_labels: Tensor | None  # class numbers
-    val: Dataset | None
-    val_labels: Tensor | None
-    picture_rules: PictureRules | None = None  # by which files were read
-    why_no_labels: str = ""  # where there are none
-    notes: tuple[str, ...] = ()  # lines that say what was taken of a folder, and what was not
-    names_digest: str = ""  # of the training images' names, by which a resumed run knows them
 
 
 # ---- Input Views (paper, Section 3): crop, flip, colour jitter, greyscale, blur ------------------
@@ -493,7 +435,7 @@ def train_step(
 
 # ---- The loop ------------------------------------------------------------------------------------
 def train(
-    config: TrainConfig, data: Images, folder: Path, content: dict | None, processes: "Processes"
+    config: TrainConfig, data: "Images", folder: Path, content: dict | None, processes: "Processes"
 ) -> None:
     """A whole run: set up, loop, finish. content: the checkpoint to go on from, or None."""
     steps_per_epoch = len(data.train) // config.batch_size
@@ -1111,6 +1053,24 @@ def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
 
 
 # ---- Model and optimizer -------------------------------------------------------------------------
+def model_config_of(config: TrainConfig) -> ViTMSNConfig:
+    """The architecture, and the rules for pictures, where they are not the usual ones. Dropout is 0
+    in pretraining, whatever a hub config says."""
+    rules = config.picture_rules().changes()
+    return ViTMSNConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size or 4 * config.hidden_size,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        num_channels=config.num_channels or 3,
+        initializer_range=config.initializer_range,
+        drop_path_rate=config.drop_path_rate,
+        extra={"picture_rules": rules} if rules else {},
+    )
+
+
 def build_model(config: TrainConfig, processes: "Processes") -> ViTMSNForPreTraining:
     """The Masked Siamese Network of these settings, its weights a function of the seed alone."""
     torch.manual_seed(config.seed)
@@ -1406,6 +1366,27 @@ CIFAR10_CLASSES = [
     "ship",
     "truck",
 ]
+
+
+def pack(images: list[Tensor], indices: list[int]) -> Batch:
+    """A batch of images, each c height width."""
+    pixels = torch.cat([image.permute(1, 2, 0).flatten() for image in images])
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    return Batch(pixels, sizes, indices, [])
+
+
+class Images(NamedTuple):
+    """Images to train on and to validate with. Without labels both labels and val are None."""
+
+    classes: list[str]
+    train: Dataset
+    train_labels: Tensor | None  # class numbers
+    val: Dataset | None
+    val_labels: Tensor | None
+    picture_rules: PictureRules | None = None  # by which files were read
+    why_no_labels: str = ""  # where there are none
+    notes: tuple[str, ...] = ()  # lines that say what was taken of a folder, and what was not
+    names_digest: str = ""  # of the training images' names, by which a resumed run knows them
 
 
 def open_data(config: TrainConfig) -> Images:

@@ -1,6 +1,7 @@
 """Every command and every snippet of the README runs, at a small size: none of them can rot."""
 
 import importlib
+import inspect
 import re
 import shlex
 
@@ -97,3 +98,9 @@ def test_each_snippet_of_the_readme_runs(snippet, place, monkeypatch):
     if "torch.onnx" in snippet:
         pytest.importorskip("onnxscript")
     exec(snippet.replace("facebook/vit-msn-small", "runs/demo-001/encoder"), {})
+
+
+def test_the_loop_comes_before_line_500():
+    """A reader of train_msn.py is at the end of the training loop within its first 500 lines."""
+    lines, first = inspect.getsourcelines(train_msn.train)
+    assert first + len(lines) <= 500
