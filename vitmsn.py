@@ -2273,11 +2273,11 @@ def open_picture(path: str | os.PathLike, rules: PictureRules) -> Iterator["Imag
     Raises TooManyPixels, MissingPackage, or whatever Pillow and tifffile raise.
     """
     with pillows_guards:
-        values = read_values(path, rules)
-        if values is not None:
-            yield values
+        image = open_in_full(path)
+        if image is None:
+            yield read_values(path, rules)
             return
-        with Image.open(path) as image:
+        with image:
             check_size(*image.size, rules)
             yield image
 
@@ -2478,7 +2478,6 @@ def look_at(picture: Image.Image | Values) -> Seen:
 
 NPY_HEAD = b"\x93NUMPY"
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
-PNG_16_BIT_COLOURS = (b"\x10\2", b"\x10\4", b"\x10\6")  # RGB, grey and alpha, RGBA
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # Numbers of the TIFF format: tags, and some of their values.
@@ -2496,21 +2495,39 @@ TIFF_UNSIGNED = 1
 TIFF_SIGNED = 2
 
 
-def read_values(path: str | os.PathLike, rules: PictureRules) -> Values | None:
-    """The values of a file of which Pillow would give a part; None of any other file.
+def open_in_full(path: str | os.PathLike) -> Image.Image | None:
+    """A file opened by Pillow; None if it does not know the file, or would give a part of it."""
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError:
+        return None
+    is_whole = True
+    if image.format == "PNG":
+        is_whole = not has_16_bit_colours(image)
+    elif image.format == "TIFF":
+        is_whole = pillow_reads_all(image)
+    if is_whole:
+        return image
+    image.close()
+    return None
 
-    Raises TooManyPixels, MissingPackage, or ValueError for a .npy file that is no picture.
+
+def read_values(path: str | os.PathLike, rules: PictureRules) -> Values:
+    """The values of a file that Pillow does not give in full.
+
+    Raises UnidentifiedImageError, TooManyPixels, MissingPackage, or ValueError for a .npy file that
+    is no picture.
     """
     with open(path, "rb") as file:
-        head = file.read(26)
+        head = file.read(8)
     if head.startswith(NPY_HEAD):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         return array_values(array, rules)
-    if head.startswith(PNG_HEAD) and head[24:26] in PNG_16_BIT_COLOURS:
+    if head.startswith(PNG_HEAD):
         return png_values(path, rules)
-    if head[:4] in TIFF_HEADS and not pillow_reads_all(path):
+    if head.startswith(TIFF_HEADS):
         return tiff_values(path, rules)
-    return None
+    raise UnidentifiedImageError(f"cannot identify image file {str(path)!r}")
 
 
 def array_values(array: np.ndarray, rules: PictureRules) -> Values:
@@ -2542,8 +2559,16 @@ def array_values(array: np.ndarray, rules: PictureRules) -> Values:
     return Values(values, are_colours=num_channels in (1, 3) or is_rgba)
 
 
-def png_values(path: str | os.PathLike, rules: PictureRules) -> Values | None:
-    """A PNG of 16-bit colours, of which Pillow gives the high bytes alone. None if it is animated.
+def has_16_bit_colours(image: Image.Image) -> bool:
+    """Whether a PNG has 16-bit colours, of which Pillow gives the high bytes alone. (It may do so
+    for an animated one.)"""
+    if image.mode not in ("RGB", "RGBA") or getattr(image, "n_frames", 1) > 1:
+        return False
+    return any(packing.endswith("16B") for _, _, _, packing in image.tile)
+
+
+def png_values(path: str | os.PathLike, rules: PictureRules) -> Values:
+    """A PNG of 16-bit colours.
 
     The trick: told that the two bytes of each number are the other way round, Pillow gives the low
     ones. Grey and alpha are four bytes a pixel, which it gives as if they were RGBA.
@@ -2552,8 +2577,6 @@ def png_values(path: str | os.PathLike, rules: PictureRules) -> Values | None:
     for order in ("B", "L"):
         with Image.open(path) as image:
             check_size(*image.size, rules)
-            if getattr(image, "n_frames", 1) > 1:
-                return None
             codec, extents, offset, packing = image.tile[0]
             is_grey = packing == "LA;16B"
             packing = "RGBA" if is_grey else f"{image.mode};16{order}"
@@ -2572,33 +2595,28 @@ def png_values(path: str | os.PathLike, rules: PictureRules) -> Values | None:
     return Values(values, are_colours=True, orientation=orientation)
 
 
-def pillow_reads_all(path: str | os.PathLike) -> bool:
+def pillow_reads_all(image: Image.Image) -> bool:
     """Whether Pillow gives all that the first page of a TIFF holds.
 
-    It does not know some kinds, drops the low half of 16-bit colours and bands beyond alpha, and
-    mistakes the sign of some whole numbers and the order of bytes where signed and real numbers are
-    compressed. (The colours of printers, in 8 bits, are left to it.)
+    It drops the low half of 16-bit colours and bands beyond alpha, and mistakes the sign of some
+    whole numbers and the order of bytes where signed and real numbers are compressed. (The colours
+    of printers, in 8 bits, are left to it.)
     """
-    try:
-        with Image.open(path) as image:
-            tags = image.tag_v2
-            photometric = tags.get(PHOTOMETRIC, 0)
-            num_bands = tags.get(SAMPLES_PER_PIXEL, 1)
-            others = tags.get(EXTRA_SAMPLES, ())
-            bits = max(tags.get(BITS_PER_SAMPLE, (1,)))
-            kind = tags.get(SAMPLE_FORMAT, (TIFF_UNSIGNED,))[0]
-            is_compressed = tags.get(COMPRESSION, TIFF_UNCOMPRESSED) != TIFF_UNCOMPRESSED
-            has_high_bytes_first = tags.prefix == b"MM"
-    except UnidentifiedImageError:
-        return False
+    tags = image.tag_v2
+    photometric = tags.get(PHOTOMETRIC, 0)
+    num_bands = tags.get(SAMPLES_PER_PIXEL, 1)
+    others = tags.get(EXTRA_SAMPLES, ())
+    bits = max(tags.get(BITS_PER_SAMPLE, (1,)))
+    kind = tags.get(SAMPLE_FORMAT, (TIFF_UNSIGNED,))[0]
 
     if photometric not in (*TIFF_GREY, TIFF_RGB):
         return True
-    if num_bands == 1:
-        is_mistaken = (kind, bits) in ((TIFF_SIGNED, 8), (TIFF_UNSIGNED, 32))
-        is_swapped = kind != TIFF_UNSIGNED and is_compressed and has_high_bytes_first
-        return not is_mistaken and not is_swapped
-    return bits <= 8 and are_grey_or_rgb(photometric, num_bands, others)
+    if num_bands > 1:
+        return bits <= 8 and are_grey_or_rgb(photometric, num_bands, others)
+    is_mistaken = (kind, bits) in ((TIFF_SIGNED, 8), (TIFF_UNSIGNED, 32))
+    is_compressed = tags.get(COMPRESSION, TIFF_UNCOMPRESSED) != TIFF_UNCOMPRESSED
+    is_swapped = kind != TIFF_UNSIGNED and is_compressed and tags.prefix == b"MM"
+    return not is_mistaken and not is_swapped
 
 
 def are_grey_or_rgb(photometric: int, num_bands: int, others: tuple[int, ...]) -> bool:
