@@ -263,7 +263,7 @@ class Attention(nn.Module):
         """
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         if class_token_only:
-            query = query[:, :1]
+            query = query[..., :1, :]  # torch 2.6 does not export [:, :1] with a free batch size
 
         query = rearrange(query, "b n (h dh) -> b h n dh", h=self.num_heads)
         key = rearrange(key, "b n (h dh) -> b h n dh", h=self.num_heads)
@@ -338,7 +338,7 @@ class Block(nn.Module):
         """
         attended, probabilities = self.attn(self.norm1(x), output_attentions, class_token_only)
         if class_token_only:
-            x = x[:, :1]
+            x = x[..., :1, :]  # as above, for export
         x = x + self.drop_branch(self.dropout1(attended))
 
         transformed = self.mlp(self.norm2(x))
@@ -588,7 +588,7 @@ class ViTMSNForImageClassification(PretrainedMixin, nn.Module):
             output_attentions=output_attentions,
             class_token_only=not (output_hidden_states or output_attentions),
         )
-        class_token = out.last_hidden_state[:, 0]
+        class_token = out.last_hidden_state[..., 0, :]
         logits = self.classifier(class_token)
         loss = None
         if labels is not None:
@@ -1271,8 +1271,10 @@ class ViTMSNClassifierOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-for output_class in (ViTMSNModelOutput, ViTMSNClassifierOutput):
-    torch.export.register_dataclass(output_class, serialized_type_name=output_class.__name__)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # torch 2.6 warns of a call of its own
+    for output_class in (ViTMSNModelOutput, ViTMSNClassifierOutput):
+        torch.export.register_dataclass(output_class, serialized_type_name=output_class.__name__)
 
 
 # ---- config.json ---------------------------------------------------------------------------------
