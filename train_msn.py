@@ -3392,7 +3392,7 @@ class Canvas:
         self.pen.rectangle(box, color)
 
     def save(self, path: Path) -> None:
-        write_file(path, lambda file: self.image.save(file, "PNG", optimize=True))
+        write_file(path, lambda file: self.image.save(file, "PNG"))
 
 
 def text_width(text: str, size: int) -> int:
