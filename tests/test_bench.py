@@ -323,7 +323,7 @@ def test_without_a_suite_it_prints_the_documented_table(tmp_path, capsys):
         assert_timed(record["sdpa"])
         ratio = record["eager"]["median"] / record["sdpa"]["median"]
         assert record["eager / sdpa"] == ratio
-        assert 0 < record["sdpa, of peak"] < 1
+        assert record["sdpa, of peak"] > 0
 
 
 def test_batch_size_means_batch_sizes_to_inference(tmp_path, capsys):
