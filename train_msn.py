@@ -2888,10 +2888,10 @@ class Record:
         self.knn = csv.DictWriter(knn, KNN_COLUMNS, lineterminator="\n")
 
         self.steps = steps
-        self.session_start = time.perf_counter()
-        self.start = self.session_start - elapsed  # as if the run had never been interrupted
-        self.step_start = self.session_start
-        self.shown = self.session_start  # when the last line was
+        now = time.perf_counter()
+        self.start = now - elapsed  # as if the run had never been interrupted
+        self.ends = deque([now], maxlen=RECENT + 1)  # of the last steps
+        self.shown = now  # when the last line was
         self.header = ""  # the names of its columns, as they were printed last
 
     def elapsed(self) -> float:
@@ -2901,8 +2901,8 @@ class Record:
     def step(self, step: int, epoch: float, metrics: dict[str, float], now: StepValues) -> None:
         """Write down one step, and show it if it is the last one or time for a line."""
         clock = time.perf_counter()
-        seconds = clock - self.step_start
-        self.step_start = clock
+        seconds = clock - self.ends[-1]
+        self.ends.append(clock)
         line = {"step": step, "epoch": epoch, **metrics, **now._asdict()}
         line["images_per_second"] = self.batch_size / seconds
         line["elapsed_seconds"] = clock - self.start
@@ -2916,8 +2916,7 @@ class Record:
         """Print a line of metrics.csv for people: on a terminal in place of the one before, and no
         wider than the terminal is now. The columns are named above it, once."""
         done = line["step"] + 1
-        session_seconds = time.perf_counter() - self.session_start
-        seconds_per_step = session_seconds / (done - self.steps.start)
+        seconds_per_step = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
         steps_left = self.steps.stop - done
         cells = {
             "step": f"{done}/{self.steps.stop}".rjust(2 * len(str(self.steps.stop)) + 1),
@@ -2944,6 +2943,8 @@ class Record:
         self.knn.writerow({"step": step, "epoch": epoch, "accuracy": accuracy})
         say(f"epoch {epoch:.0f}: k-NN accuracy {accuracy:.3f}")
 
+
+RECENT = 100  # steps, of whose speed the shown line is: other programs come and go
 
 COLUMN_WIDTHS = {
     "epoch": 5,

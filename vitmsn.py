@@ -3153,7 +3153,9 @@ def show_loss() -> None:
     paper_loss = out.loss - log_k
 
     print(f"\nEquation (1): cross-entropy + lambda me-max = {terms} = {out.loss:.3f}")
-    print(f"The paper has -H(mean p) for me-max: {paper_loss:.3f}, less by log k; same gradients.")
+    print(
+        f"With the paper's -H(mean p) as me-max: {paper_loss:.3f}, less by log k; same gradients."
+    )
 
 
 # Part 3: what each part is for

@@ -172,6 +172,16 @@ def test_speed_and_time_left_are_those_of_this_session(clock, tmp_path):
     assert (step, speed, left) == ("110/200", "32", "0:03:00")
 
 
+def test_speed_and_time_left_follow_the_last_hundred_steps(clock, tmp_path):
+    """When other programs have ended, what they cost is not expected any more."""
+    with Terminal() as terminal:
+        record = Record(tmp_path, TrainConfig(batch_size=64), range(500), elapsed=0.0)
+        take_steps(record, range(300), clock, seconds=20.0)
+        take_steps(record, range(300, 400), clock, seconds=2.0)
+    step, _, speed, left, *_ = terminal.screen()[1].split()
+    assert (step, speed, left) == ("400/500", "32", "0:03:20")
+
+
 def test_in_a_file_each_line_stays(clock, tmp_path, capsys):
     """Where there is no terminal, nothing is erased: a header, and a line every 20 seconds."""
     record = Record(tmp_path, TrainConfig(), range(620), elapsed=0.0)

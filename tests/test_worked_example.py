@@ -217,7 +217,7 @@ def test_equation_1_is_the_sum_of_its_terms(output):
     assert_printed(terms, [cross_entropy, 1, me_max, loss])
 
     paper = cross_entropy - entropy(assignments(ANCHORS).mean(axis=0))
-    assert_printed(numbers(text, "The paper has -H(mean p) for me-max:"), [paper])
+    assert_printed(numbers(text, "With the paper's -H(mean p) as me-max:"), [paper])
 
 
 @pytest.mark.parametrize(
