@@ -19,10 +19,12 @@ labelled images. Validation images choose nothing.
 
 import argparse
 import csv
+import difflib
 import inspect
 import io
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -1137,10 +1139,10 @@ def load_model(config: FinetuneConfig, classifier: bool = False) -> ViTMSNModel 
     except FileNotFoundError as error:
         raise UsageError(str(error)) from None
     if classifier and "classifier.weight" not in weights:
-        raise UsageError(
-            f"{config.checkpoint} has no classifier; make one: "
-            "python finetune.py train --checkpoint ..."
-        )
+        command = f"python finetune.py train --checkpoint {shlex.quote(config.checkpoint)}"
+        if not saved_settings(run_folder(config.checkpoint)).get("data"):
+            command += " --data FOLDER"
+        raise UsageError(f"{config.checkpoint} has no classifier; make one: {command}")
 
     if config.image_size and config.image_size != model_config.image_size:
         patch_size = model_config.patch_size
@@ -1399,6 +1401,11 @@ def class_accuracies(predicted: Tensor, truth: Tensor, classes: list[str]) -> li
     return records
 
 
+def number_of(number: int, thing: str) -> str:
+    """A number of things, such as "1 picture" and "2 pictures"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def open_pictures(
     names: list[str], model: ViTMSNModel | Classifier, config: FinetuneConfig
 ) -> ImageFiles:
@@ -1429,9 +1436,11 @@ def open_pictures(
     sample = files.read_sample()  # this completes the rules
     good = readable(files, list(range(len(paths))), set())
     if not good:
-        raise UsageError(f"none of the {len(paths)} files is a readable image.")
+        raise UsageError(f"no readable picture in {number_of(len(paths), 'file')}.")
     sample = replace(sample, unreadable={})  # those are named already
-    first_line = f"{len(good)} pictures, {len(paths) - len(good)} unreadable files skipped"
+    found = number_of(len(good), "picture")
+    skipped = number_of(len(paths) - len(good), "unreadable file")
+    first_line = f"{found}, {skipped} skipped"
     say("\n".join([first_line, *sample.notes(None, files.rules, wanted)]), sys.stderr)
     pictures = [paths[i] for i in good]
     return ImageFiles(pictures, side, PICTURE_CACHE, check=False, rules=files.rules)
@@ -1507,7 +1516,7 @@ def attention(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) 
             strip.tiles.append(Tile(highlight(square, large_maps[h]), caption))
             header.append(f"head {h + 1}")
         save_sheet(folder / f"{i:04d}-{path.stem}.png", [strip], header, cell=ATTENTION_CELL)
-    print(f"written: {len(pictures)} sheets in {folder}")
+    print(f"written: {number_of(len(pictures), 'sheet')} in {folder}")
 
 
 def resized(picture: np.ndarray, how: Image.Resampling) -> np.ndarray:
@@ -1575,7 +1584,7 @@ def embed(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> N
         classes=[path.parent.name for path in pictures.paths],
     )
     write_file(target, save)
-    print(f"written: {target}, {len(features)} rows of {features.shape[1]} features")
+    print(f"written: {target}, {number_of(len(features), 'row')} of {features.shape[1]} features")
 
 
 def neighbours(config: FinetuneConfig, model: ViTMSNModel, pictures: ImageFiles) -> None:
@@ -1719,9 +1728,11 @@ def command_in(argv: list[str]) -> str:
         return ""
     commands = ("train", *COMMANDS)
     if argv[0] not in commands:
+        nearest = difflib.get_close_matches(argv[0], commands, n=1)
+        question = f" Did you mean {nearest[0]}?" if nearest else ""
         raise UsageError(
-            f"finetune.py has no command {argv[0]}; use {', '.join(commands)}, or none for the "
-            "table."
+            f"finetune.py has no command {argv[0]}; use {', '.join(commands)}, or no command for "
+            f"the table.{question}"
         )
     return argv[0]
 

@@ -744,16 +744,18 @@ RECIPES = {
 # What --help says of each: data, size, how long on what. GPU hours are arithmetic, not measured:
 # all operations by bench.step_flops, on ImageNet, at 40 % of an H100's peak in bfloat16.
 RECIPE_LINES = {
-    "demo": "built-in textures, 32 pixels; 0.3 M parameters; minutes on two CPU cores",
-    "cifar10": "CIFAR-10, 32 pixels; 0.8 M parameters; some 4 hours on two CPU cores",
-    "imagenette": "Imagenette or your own, 64 pixels; 0.8 M parameters; 2 hours on two CPU cores",
-    "imagenette-128": "Imagenette, 128 pixels; 21 M parameters; 200 epochs; for a GPU, not run yet",
-    "small-16": "ImageNet, 224 pixels; 22 M parameters; 800 epochs; some 54 GPU hours",
-    "base-16": "ImageNet, 224 pixels; 86 M parameters; 600 epochs; some 150 GPU hours",
-    "large-16": "ImageNet, 224 pixels; 303 M parameters; 600 epochs; some 510 GPU hours",
-    "base-8": "ImageNet, 224 pixels; 86 M parameters; 600 epochs; some 620 GPU hours",
-    "base-4": "ImageNet, 224 pixels; 88 M parameters; 300 epochs; some 1200 GPU hours",
-    "large-7": "ImageNet, 224 pixels; 304 M parameters; 200 epochs; some 870 GPU hours",
+    "demo": "built-in textures, 32 pixels; encoder of 0.3 M parameters; minutes on 2 CPU cores",
+    "cifar10": "CIFAR-10, 32 pixels; encoder of 0.8 M parameters; some 4 hours on 2 CPU cores",
+    "imagenette": "Imagenette or yours, 64 pixels; encoder of 0.8 M parameters; "
+    "2 hours on 2 CPU cores",
+    "imagenette-128": "Imagenette, 128 pixels; encoder of 21 M parameters; "
+    "200 epochs; GPU; not run yet",
+    "small-16": "ImageNet, 224 pixels; encoder of 22 M parameters; 800 epochs; some 54 GPU hours",
+    "base-16": "ImageNet, 224 pixels; encoder of 86 M parameters; 600 epochs; some 150 GPU hours",
+    "large-16": "ImageNet, 224 pixels; encoder of 303 M parameters; 600 epochs; some 510 GPU hours",
+    "base-8": "ImageNet, 224 pixels; encoder of 86 M parameters; 600 epochs; some 620 GPU hours",
+    "base-4": "ImageNet, 224 pixels; encoder of 88 M parameters; 300 epochs; some 1200 GPU hours",
+    "large-7": "ImageNet, 224 pixels; encoder of 304 M parameters; 200 epochs; some 870 GPU hours",
 }
 
 

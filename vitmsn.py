@@ -442,9 +442,10 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
 
         pixel_values: b c height width; bool_masked_pos: b n, True where the mask token goes;
         patches_to_keep: b r -> b (1 + r) d. Patches that are not kept are never embedded.
-        Raises ValueError for images of a wrong shape, size or type.
+        Raises ValueError for images or indices of a wrong shape, size or type.
         """
         check_pixels(pixel_values, self.config, interpolate_pos_encoding)
+        check_patches_to_keep(patches_to_keep, pixel_values, self.config)
         b, _, height, width = pixel_values.shape  # not len(): torch.export would fix its value
         positions = self.positions_for(height, width)
         class_position = positions[:, :1]
@@ -790,8 +791,39 @@ class MSNLoss(NamedTuple):
         return "\n".join(f"{name:<17} {value.item():.6g}" for name, value in scalars.items())
 
 
+def kind_of(value) -> str:
+    """What an error says of a value of a wrong type: name is ..."""
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def check_is_tensor(name: str, value, axes: str) -> None:
+    """Raise ValueError for a list of tensors, for None, and for all else that is no tensor."""
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, (list, tuple)):
+        raise ValueError(
+            f"{name} is a {type(value).__name__} of {len(value)}; pass one tensor {axes}. "
+            f"torch.cat({name}) joins a list of them."
+        )
+    raise ValueError(f"{name} is {kind_of(value)}; pass one tensor {axes}.")
+
+
+def check_loss_settings(temperature: float, sharpening: float, label_smoothing: float) -> None:
+    """Raise ValueError for numbers that would make the loss nan. Tensors are taken as they are: to
+    look at their values, the CPU would have to wait for the GPU."""
+    settings = (("temperature", temperature, 0.1), ("sharpening", sharpening, 0.25))
+    for name, value, in_the_paper in settings:
+        if not isinstance(value, Tensor) and not value > 0:
+            raise ValueError(f"{name}={value} must be above 0; the paper has {in_the_paper}.")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1.")
+
+
 def join_views(anchors: Tensor, targets: Tensor, prototypes: Tensor) -> Tensor:
     """Anchors as (v b) e, from that or from v b e. Raises ValueError if shapes do not match."""
+    check_is_tensor("anchors", anchors, "(views * images, width)")
+    check_is_tensor("targets", targets, "(images, width)")
+    check_is_tensor("prototypes", prototypes, "(number, width)")
     seen = (
         f"anchors {tuple(anchors.shape)}, targets {tuple(targets.shape)}, prototypes "
         f"{tuple(prototypes.shape)}"
@@ -801,6 +833,9 @@ def join_views(anchors: Tensor, targets: Tensor, prototypes: Tensor) -> Tensor:
             f"{seen}: pass anchors (views, images, width) or (views * images, width), targets "
             "(images, width) and prototypes (number, width)."
         )
+    if not (anchors.numel() and targets.numel() and prototypes.numel()):
+        raise ValueError(f"{seen}: no axis may be 0; pass one image, view and prototype at least.")
+
     b, width = targets.shape
     if anchors.shape[-1] != width or prototypes.shape[-1] != width:
         raise ValueError(f"{seen}: the last axis, their width, must be the same.")
@@ -837,10 +872,12 @@ def msn_loss(
 
     targets: b e; prototypes: k e; sinkhorn_iterations=0 leaves Sinkhorn out.
     Gradients reach the anchors and, by the anchors' side only, the prototypes.
-    Raises ValueError if the shapes do not match; in (v b) e, the order can't be seen from them.
+    Raises ValueError if the shapes do not match (in (v b) e, the order can't be seen from them),
+    and for a temperature, sharpening or label_smoothing out of its range.
     """
-    b = targets.shape[0]
+    check_loss_settings(temperature, sharpening, label_smoothing)
     anchors = join_views(anchors, targets, prototypes)
+    b = targets.shape[0]
 
     # Departure: float32 even under autocast. The official code has no mixed precision.
     with autocast(anchors.device, bfloat16=False):
@@ -897,6 +934,11 @@ class ProjectionHead(nn.Sequential):
         self.bn2 = nn.BatchNorm1d(hidden_dim)
         self.gelu2 = nn.GELU()
         self.fc3 = nn.Linear(hidden_dim, output_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """b d -> b e. Raises ValueError in training mode for fewer than two images."""
+        check_batch_norm(self.bn1, features)
+        return super().forward(features)
 
 
 class MSNEncoder(ViTMSNModel):
@@ -991,20 +1033,12 @@ class ViTMSNForPreTraining(nn.Module):
 
         patches_to_keep: for each anchor view b r, or None for all.
         sharpening: this step's, where it follows a schedule; None means the constructor's.
-        Raises ValueError without anchor views, or if patches_to_keep does not match them.
+        Raises ValueError without anchor views, for views that are not all of the same images, or if
+        patches_to_keep does not match them; in training mode, also for a batch of one image.
         """
-        if isinstance(anchor_views, Tensor):
-            raise ValueError(
-                f"anchor_views is one tensor of shape {tuple(anchor_views.shape)}; pass a list of "
-                "tensors (images, channels, height, width), one for each anchor view, as [view]."
-            )
+        check_views(target_view, anchor_views, patches_to_keep, self.config)
         if patches_to_keep is None:
             patches_to_keep = [None] * len(anchor_views)
-        if not anchor_views or len(patches_to_keep) != len(anchor_views):
-            raise ValueError(
-                f"{len(anchor_views)} anchor views and {len(patches_to_keep)} entries of "
-                "patches_to_keep: give at least one view, and None or indices for each."
-            )
 
         anchors = self.anchor_encoder(anchor_views, patches_to_keep)  # v b e
         # The target's batch norm, too, takes the statistics of its own batch, as in the official
@@ -1153,13 +1187,16 @@ def check_float(name: str, value) -> None:
         raise ValueError(f"{name}={value!r} must be a number of at least 0 and {end}.")
 
 
-def check_pixels(pixel_values: Tensor, config: ViTMSNConfig, any_size: bool) -> None:
+def check_pixels(
+    pixel_values: Tensor, config: ViTMSNConfig, any_size: bool, name: str = "pixel_values"
+) -> None:
     """Raise ValueError unless these are images for the model; any_size: of one patch or more."""
     channels = config.num_channels
+    check_is_tensor(name, pixel_values, f"(images, {channels}, height, width)")
     of_images = pixel_values.ndim == 4 and pixel_values.shape[1] == channels
     if not of_images or not pixel_values.is_floating_point():
         raise ValueError(
-            f"pixel_values has shape {tuple(pixel_values.shape)} and type {pixel_values.dtype}; "
+            f"{name} has shape {tuple(pixel_values.shape)} and type {pixel_values.dtype}; "
             f"pass normalised floats (images, {channels}, height, width), as preprocess() makes "
             "them."
         )
@@ -1167,10 +1204,108 @@ def check_pixels(pixel_values: Tensor, config: ViTMSNConfig, any_size: bool) -> 
     p = config.patch_size
     size = config.image_size
     height, width = pixel_values.shape[-2:]
-    if min(height, width) < p or not (any_size or height == width == size):
+    if any_size and min(height, width) < p:
         raise ValueError(
-            f"the images are {height} x {width} pixels but the model was made for {size} x {size}; "
-            f"resize, or pass interpolate_pos_encoding=True and at least one patch of {p} x {p}."
+            f"{name}: the images are {height} x {width} pixels but need at least one patch of "
+            f"{p} x {p}; make them larger."
+        )
+    if not (any_size or height == width == size):
+        raise ValueError(
+            f"{name}: the images are {height} x {width} pixels but the model was made for "
+            f"{size} x {size}; resize them, or pass interpolate_pos_encoding=True and at least one "
+            f"patch of {p} x {p}."
+        )
+
+
+def check_patches_to_keep(
+    patches_to_keep: Tensor | None,
+    pixel_values: Tensor,
+    config: ViTMSNConfig,
+    name: str = "patches_to_keep",
+) -> None:
+    """Raise ValueError unless these are indices of some of the images' patches, or None."""
+    if patches_to_keep is None:
+        return
+    check_is_tensor(name, patches_to_keep, "(images, patches to keep)")
+    b, _, height, width = pixel_values.shape
+    p = config.patch_size
+    n = (height // p) * (width // p)
+    of_images = patches_to_keep.ndim == 2 and patches_to_keep.shape[0] == b
+    if not of_images or not 1 <= patches_to_keep.shape[1] <= n:
+        raise ValueError(
+            f"{name} has shape {tuple(patches_to_keep.shape)}; pass (images, patches to keep): "
+            f"{b} images, 1 to {n} patches of {height} x {width} pixels."
+        )
+    if patches_to_keep.dtype != torch.int64:
+        raise ValueError(
+            f"{name} has type {patches_to_keep.dtype}; pass the numbers of the patches as "
+            "torch.int64 (by .long() if they are of another integer type)."
+        )
+
+    # On a GPU the CPU would have to wait for the values; and while torch.compile or torch.export
+    # are at work there are none.
+    if patches_to_keep.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = patches_to_keep.aminmax()
+        if least < 0 or most >= n:
+            raise ValueError(
+                f"{name} has numbers from {least} to {most}; the patches of {height} x {width} "
+                f"pixels are numbered from 0 to {n - 1}."
+            )
+
+
+def check_views(
+    target_view: Tensor,
+    anchor_views: list[Tensor],
+    patches_to_keep: list[Tensor | None] | None,
+    config: ViTMSNConfig,
+) -> None:
+    """Raise ValueError unless these are views of the same number of images, and masks for them."""
+    check_pixels(target_view, config, any_size=True, name="target_view")
+    check_is_list("anchor_views", anchor_views, "[view]")
+    masks = patches_to_keep
+    if masks is None:
+        masks = [None] * len(anchor_views)
+    check_is_list("patches_to_keep", masks, "[indices]")
+    if not anchor_views or len(masks) != len(anchor_views):
+        raise ValueError(
+            f"{len(anchor_views)} anchor views and {len(masks)} entries of patches_to_keep: give "
+            "at least one view, and None or indices for each."
+        )
+
+    b = target_view.shape[0]
+    for i, (view, indices) in enumerate(zip(anchor_views, masks, strict=True)):
+        name = f"anchor_views[{i}]"
+        check_pixels(view, config, any_size=True, name=name)
+        if view.shape[0] != b:
+            raise ValueError(
+                f"{name} has {view.shape[0]} images and target_view {b}; all views must be of the "
+                "same images, in the same order."
+            )
+        check_patches_to_keep(indices, view, config, name=f"patches_to_keep[{i}]")
+
+
+def check_is_list(name: str, value, example: str) -> None:
+    """Raise ValueError unless it is a list (or tuple), with an entry for each anchor view."""
+    if isinstance(value, (list, tuple)):
+        return
+    seen = kind_of(value)
+    if isinstance(value, Tensor):
+        seen = f"one tensor of shape {tuple(value.shape)}"
+    raise ValueError(
+        f"{name} is {seen}; pass a list of tensors, one for each anchor view, as {example}."
+    )
+
+
+def check_batch_norm(batch_norm: nn.Module, features: Tensor) -> None:
+    """Raise ValueError for a batch that is too small for statistics. features: b d.
+
+    Batch norm over several processes counts their images together and judges for itself.
+    """
+    takes_statistics = type(batch_norm) is nn.BatchNorm1d and batch_norm.training
+    if takes_statistics and features.shape[0] < 2:
+        raise ValueError(
+            f"a batch of {features.shape[0]}: in training mode the batch norm of the projection "
+            "head needs two images or more; make the batch larger, or call eval() on the model."
         )
 
 
@@ -2875,7 +3010,7 @@ def preprocess(
     "center-crop" resizes the shorter side to 256/224 of it and cuts out the middle.
     Both are bilinear and normalise by ImageNet's statistics, unless the model came with a
     preprocessor_config.json: then its numbers count. Raises ValueError for what can't be done of
-    it, for any other protocol, or without images.
+    it, for any other protocol, or without images, and OSError for a file that can't be read.
     Departure: the paper evaluates by "center-crop"; the default is that of transformers.
     """
     images = list_pictures(images)
@@ -2943,7 +3078,7 @@ def list_pictures(images) -> list:
 def opened(picture, rules: PictureRules) -> Iterator[Image.Image | Values]:
     """What preprocess takes, as open_picture gives it."""
     if isinstance(picture, (str, os.PathLike)):
-        with open_picture(picture, rules) as file:
+        with errors_in_words(picture), open_picture(picture, rules) as file:
             yield file
     elif isinstance(picture, Image.Image):
         yield picture
@@ -2951,6 +3086,29 @@ def opened(picture, rules: PictureRules) -> Iterator[Image.Image | Values]:
         if isinstance(picture, Tensor):
             picture = picture.detach().cpu().numpy()
         yield array_values(picture, rules)
+
+
+@contextmanager
+def errors_in_words(path: str | os.PathLike) -> Iterator[None]:
+    """Errors in reading this file name it and say what to do. Their classes stay."""
+    try:
+        yield
+    except FileNotFoundError:
+        start = "" if Path(path).is_absolute() else f" from the current folder {Path.cwd()}"
+        raise FileNotFoundError(f"{path} is not found{start}; check the path.") from None
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(
+            f"{path} is no picture that Pillow knows; pass a picture file such as a JPEG or PNG."
+        ) from None
+    except OSError as error:
+        if Path(path).is_dir():
+            raise IsADirectoryError(
+                f"{path} is a folder; pass a list of the pictures in it, such as "
+                f"sorted(Path({str(path)!r}).glob('*.jpg'))."
+            ) from None
+        if error.strerror:  # of the system: permission denied, too many open files, ...
+            raise
+        raise OSError(f"{path} is damaged: {error}. Leave it out, or replace it.") from error
 
 
 def center_crop(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:

@@ -137,7 +137,7 @@ def test_its_run_is_evaluated_and_used(place, capsys, monkeypatch):
     assert train_msn.run_program(finetune.main, ["predict", "run/classifier", "data"]) == 0
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == pictures
-    assert f"{pictures} pictures, 1 unreadable files skipped" in printed.err
+    assert f"{pictures} pictures, 1 unreadable file skipped" in printed.err
     assert "data: passed over: 3 hidden, 2 .mov, 1 .txt" in printed.err
     assert train_msn.run_program(finetune.main, ["embed", "run", "data"]) == 0
     features = np.load(place / "features.npz")

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -900,7 +901,10 @@ def test_predict_names_skips_and_counts_what_it_cannot_read(world, capsys, tmp_p
     out, err = capsys.readouterr()
     blue = sorted(CLASSES)[2]
     assert len(out.splitlines()) == 1 and f"blau ü.png: {blue}" in out
-    assert "broken.jpg: no picture that Pillow knows" in err and "1 pictures, 1 unreadable" in err
+    assert (
+        "broken.jpg: no picture that Pillow knows" in err
+        and "1 picture, 1 unreadable file skipped" in err
+    )
     assert "notes" not in err
     records = read_csv(table)
     assert [record["place"] for record in records] == ["1", "2"]
@@ -990,7 +994,7 @@ def test_a_picture_is_orange_where_the_attention_is():
     assert (finetune.highlight(picture, torch.ones(2, 2)) == picture).all()
 
 
-def test_sheets_go_into_the_folder_of_the_run(world, tmp_path, monkeypatch):
+def test_sheets_go_into_the_folder_of_the_run(world, tmp_path, capsys, monkeypatch):
     """Attention maps and neighbours lie beside the checkpoint that they are of, unless told."""
     monkeypatch.chdir(tmp_path)
     run_dir = tmp_path / "runs" / "demo-001"
@@ -1000,6 +1004,9 @@ def test_sheets_go_into_the_folder_of_the_run(world, tmp_path, monkeypatch):
 
     picture = next(Path("photos").rglob("*.png"))
     assert run("attention", "runs/demo-001/encoder", picture) == 0
+    printed = capsys.readouterr()
+    assert "1 picture, 0 unreadable files skipped" in printed.err
+    assert "written: 1 sheet in " in printed.out
     assert run("neighbours", "runs/demo-001/encoder", picture.parent) == 0
     assert (run_dir / "attention" / f"0000-{picture.stem}.png").is_file()
     assert (run_dir / "neighbours" / f"{picture.parent.name}.png").is_file()
@@ -1083,7 +1090,7 @@ ODD = [  # arguments (capitals: the folders of `world`), exit status, what the l
     ("", 2, "there is no run in runs/"),
     ("predict ENCODER x.png", 2, "has no classifier"),
     ("predict CLASSIFIER empty", 2, "holds no image"),
-    ("predict CLASSIFIER bad.png", 2, "none of the 1 files is a readable image"),
+    ("predict CLASSIFIER bad.png", 2, "no readable picture in 1 file."),
     ("predict CLASSIFIER gone.png", 2, "gone.png is not found"),
     ("predict bad.png CLASSIFIER", 2, "finetune.py predict CLASSIFIER bad.png"),
     ("attention odd ENCODER", 2, "the checkpoint comes first"),
@@ -1121,6 +1128,21 @@ def test_other_bad_input_says_what_to_do(
     assert run(*words) == status
     err = capsys.readouterr().err
     assert message in err.splitlines()[-1], err
+
+
+@pytest.mark.parametrize("saved, data", [({}, ["--data", "FOLDER"]), ({"data": "photos"}, [])])
+def test_without_a_classifier_predict_says_the_command_that_makes_one(
+    saved, data, world, tmp_path, capsys
+):
+    """The command can be pasted: with this checkpoint, and --data where no run says the images."""
+    folder = tmp_path / "a run"
+    shutil.copytree(world / "encoder", folder / "encoder")
+    (folder / "checkpoint.pt").touch()
+    (folder / "config.json").write_text(json.dumps(saved))
+    assert run("predict", folder / "encoder", "x.png") == 2
+    command = capsys.readouterr().err.rpartition("make one: python finetune.py ")[2]
+    checkpoint = str(folder / "encoder")
+    assert shlex.split(command) == ["train", "--checkpoint", checkpoint, *data]
 
 
 def test_without_a_checkpoint_the_newest_run_with_labels_is_taken(

@@ -175,9 +175,19 @@ def test_pixels_of_a_wrong_size_channels_or_kind_are_refused_with_what_to_pass(p
 
 
 def test_images_smaller_than_a_patch_are_refused():
-    """An image has to hold at least one patch."""
-    with pytest.raises(ValueError, match="one patch"):
+    """An image has to hold at least one patch; no word is passed that would change that."""
+    with pytest.raises(ValueError, match="7 x 40 pixels but need at least one patch") as refusal:
         tiny_backbone()(torch.zeros(1, 3, 7, 40), interpolate_pos_encoding=True)
+    assert "interpolate_pos_encoding" not in str(refusal.value)
+
+
+def test_patches_to_keep_of_other_images_are_refused():
+    """The backbone, too, says what is wrong with indices that do not fit its images."""
+    model = tiny_backbone()
+    images = randn(2, 3, 32, 32)
+    for indices in (torch.arange(3).expand(4, -1), torch.tensor([[0, 16], [1, 2]])):
+        with pytest.raises(ValueError, match=r"patches_to_keep has .*32 x 32 pixels"):
+            model(images, patches_to_keep=indices)
 
 
 @given(height=st.integers(8, 70), width=st.integers(8, 70))
@@ -499,7 +509,7 @@ def test_one_tensor_in_place_of_a_list_of_anchor_views_says_what_to_pass():
     """A batch of images is no list of views: it would be taken for views of one image each."""
     model = tiny_pretraining()
     images = randn(2, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"pass a list of tensors .* as \[view\]"):
+    with pytest.raises(ValueError, match=r"pass a list of tensors, .* as \[view\]"):
         model(images, images)
     assert model(images, [images]).loss.isfinite()
 

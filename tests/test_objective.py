@@ -277,6 +277,10 @@ def test_views_may_have_an_axis_of_their_own(v, b, k, seed):
         ((1, 2, 3, 4), (3, 4), (5, 4), r"pass anchors \(views, images, width\)"),
         ((6, 4), (1, 3, 4), (5, 4), r"targets \(1, 3, 4\)"),
         ((6, 4), (3, 4), (4,), r"prototypes \(4,\)"),
+        ((0, 4), (0, 4), (5, 4), "no axis may be 0"),
+        ((0, 4), (3, 4), (5, 4), "no axis may be 0"),
+        ((2, 0, 4), (0, 4), (5, 4), r"anchors \(2, 0, 4\)"),
+        ((6, 4), (3, 4), (0, 4), "no axis may be 0"),
         ((6, 5), (3, 4), (5, 4), "must be the same"),
         ((6, 4), (3, 4), (4, 5), "must be the same"),
     ],
@@ -285,6 +289,35 @@ def test_shapes_that_do_not_match_are_refused_in_words(anchors, targets, prototy
     """What shapes can show of a wrong order of axes is said, with the shapes and the way out."""
     with pytest.raises(ValueError, match=says):
         msn_loss(randn(*anchors), randn(*targets), randn(*prototypes))
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (
+            {"anchors": [randn(3, 4), randn(3, 4)]},
+            r"anchors is a list of 2; .*torch.cat\(anchors\)",
+        ),
+        ({"targets": [randn(3, 4)]}, r"targets is a list of 1; pass one tensor \(images, width\)"),
+        ({"prototypes": None}, r"prototypes is None; pass one tensor \(number, width\)"),
+        ({"targets": 3}, "targets is of type int"),
+        ({"temperature": 0}, "temperature=0 must be above 0; the paper has 0.1"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be above 0"),
+        ({"temperature": math.nan}, "temperature=nan must be above 0"),
+        ({"sharpening": 0.0}, "sharpening=0.0 must be above 0; the paper has 0.25"),
+        ({"label_smoothing": 1}, "label_smoothing=1 must be at least 0 and below 1"),
+        ({"label_smoothing": -0.5}, "label_smoothing=-0.5 must be"),
+    ],
+)
+def test_what_is_no_tensor_and_numbers_that_give_nan_are_refused_in_words(changes, says):
+    """A list of views, a forgotten argument and settings that give nan are named, with the way
+    out; a list is put right by the call that the message names."""
+    inputs = {"anchors": randn(6, 4), "targets": randn(3, 4), "prototypes": randn(5, 4)}
+    with pytest.raises(ValueError, match=says):
+        msn_loss(**{**inputs, **changes})
+    for name in inputs.keys() & changes.keys():
+        if isinstance(changes[name], list):
+            assert msn_loss(**{**inputs, name: torch.cat(changes[name])}).loss.isfinite()
 
 
 def test_a_printed_loss_is_its_scalars_one_a_line():
@@ -514,6 +547,66 @@ def test_masks_that_do_not_match_the_views_are_refused(views, patches_to_keep):
     target, anchor_views, _ = step_inputs()
     with pytest.raises(ValueError, match="at least one view"):
         pretraining()(target, anchor_views[:views], patches_to_keep)
+
+
+def indices(b: int = 4, r: int = 11, first: int = 0) -> Tensor:
+    return torch.arange(first, first + r).expand(b, -1)
+
+
+@pytest.mark.parametrize(
+    "views, says",
+    [
+        ({"target_view": [doubles(4, 3, 32, 32)]}, "target_view is a list of 1; pass one tensor"),
+        ({"target_view": None}, "target_view is None"),
+        (
+            {"target_view": doubles(3, 3, 32, 32)},
+            r"anchor_views\[0\] has 4 images and target_view 3",
+        ),
+        ({"target_view": doubles(4, 3, 32, 2)}, "target_view: .*32 x 2 .*one patch of 8 x 8"),
+        ({1: doubles(3, 3, 16, 16)}, r"anchor_views\[1\] has 3 images and target_view 4"),
+        ({1: doubles(3, 16, 16)}, r"anchor_views\[1\] has shape \(3, 16, 16\)"),
+        ({1: None}, r"anchor_views\[1\] is None"),
+        ({1: doubles(4, 3, 32, 2)}, "32 x 2 pixels but need at least one patch .*larger"),
+        ({"anchor_views": None}, "anchor_views is None; pass a list of tensors"),
+        ({"patches_to_keep": indices()}, r"patches_to_keep is one tensor of .* as \[indices\]"),
+        ({"mask": indices(b=3)}, r"patches_to_keep\[0\] has shape \(3, 11\); .*4 images, 1 to 16"),
+        ({"mask": indices(r=17)}, r"patches_to_keep\[0\] has shape \(4, 17\)"),
+        ({"mask": indices(r=0)}, r"shape \(4, 0\)"),
+        ({"mask": indices()[0]}, r"shape \(11,\)"),
+        ({"mask": indices().int()}, "type torch.int32; .*long"),
+        ({"mask": indices(r=16) > 3}, "type torch.bool; pass the numbers of the patches"),
+        ({"mask": indices(first=6)}, "numbers from 6 to 16; the patches .* from 0 to 15"),
+        ({"mask": indices(first=-1)}, "numbers from -1 to 9"),
+        ({"mask": [0, 1]}, r"patches_to_keep\[0\] is a list of 2"),
+    ],
+)
+def test_views_and_masks_that_do_not_fit_are_refused_in_words(views, says):
+    """What is wrong with one of the views or masks is said, with which one it is."""
+    target_view, anchor_views, patches_to_keep = step_inputs()
+    views = dict(views)
+    for key in views.keys() & {1}:
+        anchor_views[key] = views.pop(key)
+    if "mask" in views:
+        patches_to_keep[0] = views.pop("mask")
+    given = {
+        "target_view": target_view,
+        "anchor_views": anchor_views,
+        "patches_to_keep": patches_to_keep,
+    }
+    with pytest.raises(ValueError, match=says) as refusal:
+        pretraining()(**{**given, **views})
+    assert "interpolate_pos_encoding" not in str(refusal.value)  # the model passes that itself
+
+
+@pytest.mark.parametrize("b", [0, 1])
+def test_a_batch_without_statistics_is_refused_in_training_mode_alone(b):
+    """One image has no variance, so batch norm refuses it in words; evaluation takes it."""
+    model = pretraining()
+    view = doubles(b, 3, 32, 32)
+    with pytest.raises(ValueError, match=f"a batch of {b}: .*batch norm .*two images or more"):
+        model(view, [view])
+    if b == 1:
+        assert model.eval()(view, [view]).loss.isfinite()
 
 
 def test_momentum_1_keeps_the_target_and_0_copies_the_anchor():

@@ -10,7 +10,7 @@ import torch
 from common import random_picture, tiny_classifier, tiny_config
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.testing import assert_close
 
 from vitmsn import (
@@ -117,6 +117,32 @@ def test_an_unknown_protocol_and_no_pictures_are_refused():
         preprocess(random_picture(), tiny_config(), "crop")
     with pytest.raises(ValueError, match="at least one"):
         preprocess([], tiny_config())
+
+
+def test_files_that_are_no_pictures_are_refused_by_name_with_what_to_do(tmp_path, monkeypatch):
+    """A missing file, a text, a folder and a cut-off picture are told apart, in our words."""
+    monkeypatch.chdir(tmp_path)
+    random_picture(width=200, height=200).save("whole.jpg")
+    content = Path("whole.jpg").read_bytes()
+    Path("cut.jpg").write_bytes(content[: len(content) // 2])
+    Path("notes.txt").write_text("no picture")
+    Path("photos").mkdir()
+
+    refusals = [
+        (
+            "nope.jpg",
+            FileNotFoundError,
+            "nope.jpg is not found from the current folder .*; check the path",
+        ),
+        (tmp_path / "nope.jpg", FileNotFoundError, "nope.jpg is not found; check the path"),
+        ("notes.txt", UnidentifiedImageError, "notes.txt is no picture that Pillow knows; pass"),
+        ("photos", IsADirectoryError, "photos is a folder; pass a list of the pictures in it"),
+        ("cut.jpg", OSError, "cut.jpg is damaged: .*truncated.* Leave it out, or replace it"),
+    ]
+    for path, error, says in refusals:
+        with pytest.raises(error, match=says) as refusal:
+            preprocess(["whole.jpg", path], tiny_config())
+        assert "Errno" not in str(refusal.value)
 
 
 # -- preprocessor_config.json ----------------------------------------------------------------------

@@ -234,6 +234,7 @@ def test_the_help_names_every_recipe_with_its_line(capsys):
     assert RECIPE_LINES.keys() == RECIPES.keys()
     for name, line in RECIPE_LINES.items():
         assert f"{name} {line}" in printed
+        assert len(f"  {name:<14} {line}") <= 100
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -245,7 +246,9 @@ def test_the_line_of_a_recipe_says_its_size_and_length(recipe):
     millions = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
     line = RECIPE_LINES[recipe]
     assert f"{config.image_size} pixels" in line
-    assert float(re.search(r"([\d.]+) M parameters", line)[1]) == pytest.approx(millions, rel=0.15)
+    assert float(re.search(r"encoder of ([\d.]+) M parameters", line)[1]) == pytest.approx(
+        millions, rel=0.15
+    )
 
     gpu_hours = re.search(r"(\d+) GPU hours", line)
     assert bool(gpu_hours) == (config.data != "imagenette" and config.image_size == 224)
@@ -316,6 +319,15 @@ def test_a_misspelt_command_lists_the_commands(program, word, names, capsys):
     assert line.startswith("error: ") and line.count("\n") == 1
     for name in [word, *names]:
         assert name in line
+
+
+def test_a_misspelt_command_of_finetune_names_the_nearest(capsys):
+    """A slip of the finger names the command that was meant; another word names none."""
+    assert run_program(finetune.main, ["atention"]) == 2
+    line = capsys.readouterr().err
+    assert "or no command for the table. Did you mean attention?" in line
+    assert run_program(finetune.main, ["xyz"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
 
 
 # ---- Before the first step -----------------------------------------------------------------------
