@@ -173,7 +173,6 @@ def test_links_to_functions_name_functions_that_exist():
         line_of(function, file)
 
 
-@pytest.mark.slow  # whoever moves a function need not care; `python tests/test_figures.py` mends it
 def test_links_to_functions_lead_to_their_lines():
     """Each link opens the file at the line where the function is defined."""
     assert with_lines(README) == README
