@@ -1178,11 +1178,10 @@ ANY_SIZE = ("layer_norm_eps", "initializer_range")
 
 def check_float(name: str, value) -> None:
     """Raise ValueError unless it is a number that this field of a config can be."""
-    is_number = type(value) in (int, float) and math.isfinite(value)
     if name in ANY_SIZE:
-        if not is_number or value < 0:
+        if not is_number(value) or value < 0:
             raise ValueError(f"{name}={value!r} must be a number of at least 0.")
-    elif not is_number or not 0 <= value <= 1 or (name == "drop_path_rate" and value == 1):
+    elif not is_number(value) or not 0 <= value <= 1 or (name == "drop_path_rate" and value == 1):
         end = "below 1" if name == "drop_path_rate" else "at most 1"
         raise ValueError(f"{name}={value!r} must be a number of at least 0 and {end}.")
 
@@ -2943,8 +2942,8 @@ def refuse_other_processing(values: dict) -> None:
 
 
 def is_number(value) -> bool:
-    """Whether this is a finite number; True and False are none."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether this is a number that a float can hold: not True, nan, infinity or 10**400."""
+    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float64).max
 
 
 def height_and_width(size: int | dict) -> tuple[int, int]:

@@ -48,6 +48,7 @@ from vitmsn import (
         ({"attention_probs_dropout_prob": -0.1}, "attention_probs_dropout_prob"),
         ({"drop_path_rate": float("nan")}, "drop_path_rate"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps"),
+        ({"layer_norm_eps": 10**400}, "layer_norm_eps"),  # no float is as large
         ({"qkv_bias": 1}, "qkv_bias"),
         ({"num_labels": -1}, "num_labels=-1"),
         ({"num_labels": 3, "id2label": {0: "cat", 1: "dog"}}, "names 2 classes"),
