@@ -1936,6 +1936,7 @@ def model_from_pretrained(
             stacklevel=3,
         )
 
+    check_size_of_model(config, weights, str(name_or_path))
     model = cls(config, **model_options)
     new = load_weights(model, weights, str(name_or_path), ignore_mismatched_sizes)
     model.name_or_path = str(name_or_path)
@@ -1949,6 +1950,24 @@ def model_from_pretrained(
     if output_loading_info:
         return model, loading_info(model, weights, new)
     return model
+
+
+def check_size_of_model(config: ViTMSNConfig, weights: dict[str, Tensor], path: str) -> None:
+    """Raise ValueError if a config asks for a model out of all proportion to the stored weights: to
+    make it, only to see that they do not fit, could take all memory."""
+    d = config.hidden_size
+    of_a_layer = 4 * d * d + 2 * d * config.intermediate_size
+    of_the_rest = config.grid_size**2 * d + config.num_labels * d
+    of_the_rest += d * config.num_channels * config.patch_size**2
+    wanted = config.num_hidden_layers * of_a_layer + of_the_rest
+    stored = sum(x.numel() for x in weights.values() if isinstance(x, Tensor))
+    if wanted > max(100 * stored, 10**8):
+        raise ValueError(
+            f"{path}: the config asks for {wanted:,} weights, and {stored:,} are there; "
+            f"look at hidden_size={d}, intermediate_size={config.intermediate_size}, "
+            f"num_hidden_layers={config.num_hidden_layers}, image_size={config.image_size}, "
+            f"patch_size={config.patch_size}, num_channels={config.num_channels}."
+        )
 
 
 def device_of(device_map: str | int | torch.device | dict | None) -> torch.device | None:

@@ -343,6 +343,21 @@ def test_mismatched_positions_are_named(tmp_path):
         ViTMSNModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("size", [12 * 10**11, 12 * 10**18, 12 * 10**400], ids=["T", "E", "huge"])
+@pytest.mark.parametrize(
+    "name", ["hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "num_channels"]
+)
+def test_a_config_out_of_all_proportion_to_its_weights_is_refused_before_memory_is_taken(
+    name, size, tmp_path
+):
+    """Not by torch, which would try, nor by the system, which would end the process."""
+    backbone().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, name: size}))
+    with pytest.raises(ValueError, match=rf"the config asks for .*{name}={size}"):
+        ViTMSNModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     "lost, named",
     [
