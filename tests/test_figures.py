@@ -34,7 +34,7 @@ SETTINGS = {"0.0025", "0.02", "0.04", "0.05", "0.01", "0.1", "0.3", "0.4", "0.8"
 SETTINGS |= {"1.0", "1.25", "3.0", "0.2"}
 VERSIONS = {"2204.07141", "2210.07277"}  # of papers
 VERSIONS |= {"3.10", "3.11", "3.12", "3.13", "3.14"}  # of Python
-VERSIONS |= {"2.6", "2.13", "2.14", "1.26", "2.4", "2.5"}  # of torch and numpy
+VERSIONS |= {"2.6", "2.2", "2.13", "2.14", "1.26", "2.4", "2.5"}  # of torch and numpy
 
 MOST_LINES = 250  # outside of what is folded away
 LONGEST_LINE = 120
