@@ -1719,6 +1719,7 @@ def holds_weights(path: Path) -> bool:
 
 
 def is_picture(path: Path) -> bool:
+    """Whether its ending is that of a file which Pillow or we can open."""
     return path.is_file() and path.suffix.lower() in picture_endings()
 
 

@@ -68,7 +68,7 @@ from vitmsn import sample_block_to_keep, sample_patches_to_keep, sharpen, sinkho
 # ---- Settings: one frozen dataclass, from which the command line is derived ----------------------
 PRECISIONS = ("auto", "float32", "bfloat16", "float64")
 ANY = (-1e12, 1e12)  # a range of no meaning
-THREADS_HELP = "intra-op threads; 0: in training what is quickest at its start, else by the size"
+THREADS_HELP = "intra-op threads; 0: training takes what is quickest at its start, else by size"
 
 
 def opt(default, text: str, **limits):

@@ -2471,6 +2471,7 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def is_float(values: np.ndarray) -> bool:
+    """Whether these are floating-point numbers, of any width."""
     return np.issubdtype(values.dtype, np.floating)
 
 
