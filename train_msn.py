@@ -4251,6 +4251,7 @@ ABLATIONS = (
     Ablation(7, "--random-views 0 --focal-views 1", 39.3),
     Ablation(7, "--focal-views 0 --mask-ratio 0.5", 52.3),
     Ablation(7, "--focal-views 1 --mask-ratio 0.5", 59.8),
+    Ablation(None, "--focal-mask"),
     Ablation(11, "--sinkhorn-iterations 0", 60.8),
     Ablation(11, "--sinkhorn-iterations 0 --memax-weight 5", 67.2),
     Ablation(None, "--memax-weight 0"),
@@ -4267,7 +4268,6 @@ ABLATIONS = (
     Ablation(12, "--num-prototypes 32"),
     Ablation(12, "--num-prototypes 256"),
     Ablation(None, "--freeze-prototypes"),
-    Ablation(None, "--focal-mask"),
 )
 ABLATION_SEEDS = (0, 1, 2)
 
