@@ -602,7 +602,8 @@ def read_metrics(
 
 class StopSignals:
     """Notices SIGINT and SIGTERM. The first one asks for a stop after the step; a second one, of
-    either kind, ends the program at once.
+    either kind, ends the program at once, if it comes SAME_SIGNAL seconds later or more: the
+    command `timeout`, for one, sends its signal twice.
 
     A context manager, after which the handlers are those of before. Only the main thread can have
     handlers: in another one, nothing is noticed.
@@ -640,25 +641,29 @@ class StopSignals:
 
     def end_at_the_second(self) -> None:
         """What the thread does: it ends the process at the second stop signal."""
-        noticed: list[int] = []
-        while len(noticed) < 2:
+        first_at = None
+        while True:
             told = self.told.recv(1)  # the number of a signal; nothing when the teller is closed
             if not told:
                 return
-            if told[0] in STOP_SIGNALS:
-                noticed.append(told[0])
-        os._exit(128 + noticed[1])  # the exit status that a shell gives for this signal
+            if told[0] not in STOP_SIGNALS:
+                continue
+            now = time.monotonic()
+            if first_at is None:
+                first_at = now
+            elif now - first_at >= SAME_SIGNAL:
+                os._exit(128 + told[0])  # the exit status that a shell gives for this signal
 
     def notice(self, number: int, frame) -> None:
-        """The handler of both: for the next signal, the default action is back."""
+        """The handler of both."""
+        is_first = not self.received
         self.received = True
-        for either in STOP_SIGNALS:
-            signal.signal(either, signal.SIG_DFL)
-        if self.at_once:
+        if self.at_once and is_first:
             raise KeyboardInterrupt
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_SIGNAL = 0.1  # seconds
 
 
 # ---- Recipes: values of the settings for each data set -------------------------------------------
