@@ -446,6 +446,7 @@ class ViTMSNModel(PretrainedMixin, nn.Module):
         """
         check_pixels(pixel_values, self.config, interpolate_pos_encoding)
         check_patches_to_keep(patches_to_keep, pixel_values, self.config)
+        check_bool_masked_pos(bool_masked_pos, pixel_values, self.config)
         b, _, height, width = pixel_values.shape  # not len(): torch.export would fix its value
         positions = self.positions_for(height, width)
         class_position = positions[:, :1]
@@ -808,15 +809,34 @@ def check_is_tensor(name: str, value, axes: str) -> None:
     raise ValueError(f"{name} is {kind_of(value)}; pass one tensor {axes}.")
 
 
-def check_loss_settings(temperature: float, sharpening: float, label_smoothing: float) -> None:
-    """Raise ValueError for numbers that would make the loss nan. Tensors are taken as they are: to
-    look at their values, the CPU would have to wait for the GPU."""
+def check_loss_settings(
+    temperature: float, sharpening: float, sinkhorn_iterations: int, label_smoothing: float
+) -> None:
+    """Raise ValueError for numbers that would make the loss nan, or that mean nothing. Tensors are
+    taken as they are: to look at their values, the CPU would have to wait for the GPU."""
     settings = (("temperature", temperature, 0.1), ("sharpening", sharpening, 0.25))
     for name, value, in_the_paper in settings:
         if not isinstance(value, Tensor) and not value > 0:
             raise ValueError(f"{name}={value} must be above 0; the paper has {in_the_paper}.")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1.")
+    if not sinkhorn_iterations >= 0 or sinkhorn_iterations % 1:
+        raise ValueError(
+            f"sinkhorn_iterations={sinkhorn_iterations} must be a whole number, 0 or more; the "
+            "paper has 3, and 0 leaves Sinkhorn out."
+        )
+
+
+def check_log_prior(log_prior: Tensor | None, num_prototypes: int) -> None:
+    """Raise ValueError unless this is one logarithm for each prototype, or None."""
+    if log_prior is None:
+        return
+    check_is_tensor("log_prior", log_prior, "(prototypes,)")
+    if log_prior.shape != (num_prototypes,):
+        raise ValueError(
+            f"log_prior has shape {tuple(log_prior.shape)}; pass the logarithms of the shares of "
+            f"{num_prototypes} prototypes, as power_law_prior({num_prototypes}, exponent)."
+        )
 
 
 def join_views(anchors: Tensor, targets: Tensor, prototypes: Tensor) -> Tensor:
@@ -873,10 +893,11 @@ def msn_loss(
     targets: b e; prototypes: k e; sinkhorn_iterations=0 leaves Sinkhorn out.
     Gradients reach the anchors and, by the anchors' side only, the prototypes.
     Raises ValueError if the shapes do not match (in (v b) e, the order can't be seen from them),
-    and for a temperature, sharpening or label_smoothing out of its range.
+    and for a temperature, sharpening, sinkhorn_iterations or label_smoothing out of its range.
     """
-    check_loss_settings(temperature, sharpening, label_smoothing)
+    check_loss_settings(temperature, sharpening, sinkhorn_iterations, label_smoothing)
     anchors = join_views(anchors, targets, prototypes)
+    check_log_prior(log_prior, len(prototypes))
     b = targets.shape[0]
 
     # Departure: float32 even under autocast. The official code has no mixed precision.
@@ -1250,6 +1271,23 @@ def check_patches_to_keep(
                 f"{name} has numbers from {least} to {most}; the patches of {height} x {width} "
                 f"pixels are numbered from 0 to {n - 1}."
             )
+
+
+def check_bool_masked_pos(
+    bool_masked_pos: Tensor | None, pixel_values: Tensor, config: ViTMSNConfig
+) -> None:
+    """Raise ValueError unless this says of each of the images' patches whether it is masked."""
+    if bool_masked_pos is None:
+        return
+    check_is_tensor("bool_masked_pos", bool_masked_pos, "(images, patches)")
+    b, _, height, width = pixel_values.shape
+    p = config.patch_size
+    n = (height // p) * (width // p)
+    if bool_masked_pos.shape != (b, n):
+        raise ValueError(
+            f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}; pass (images, patches): "
+            f"({b}, {n}), with True where the mask token goes."
+        )
 
 
 def check_views(

@@ -191,6 +191,15 @@ def test_patches_to_keep_of_other_images_are_refused():
             model(images, patches_to_keep=indices)
 
 
+@pytest.mark.parametrize("shape", [(2, 15), (1, 16), (16,), (2, 4, 4), (2, 16, 1)])
+def test_masked_positions_of_other_images_are_refused(shape):
+    """A shape that would fit by broadcasting is refused, too: it would mask other patches."""
+    model = ViTMSNModel(tiny_config(), use_mask_token=True)
+    says = r"bool_masked_pos has shape .*; pass \(images, patches\): \(2, 16\)"
+    with pytest.raises(ValueError, match=says):
+        model(randn(2, 3, 32, 32), torch.zeros(shape, dtype=torch.bool))
+
+
 @given(height=st.integers(8, 70), width=st.integers(8, 70))
 def test_any_image_of_at_least_one_patch_can_be_interpolated_to(height, width):
     """With resampled positions any height and width of a patch or more works."""

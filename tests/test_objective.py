@@ -307,6 +307,11 @@ def test_shapes_that_do_not_match_are_refused_in_words(anchors, targets, prototy
         ({"sharpening": 0.0}, "sharpening=0.0 must be above 0; the paper has 0.25"),
         ({"label_smoothing": 1}, "label_smoothing=1 must be at least 0 and below 1"),
         ({"label_smoothing": -0.5}, "label_smoothing=-0.5 must be"),
+        ({"sinkhorn_iterations": -1}, "sinkhorn_iterations=-1 must be .* the paper has 3"),
+        ({"sinkhorn_iterations": 1.5}, "sinkhorn_iterations=1.5 must be a whole number"),
+        ({"log_prior": torch.zeros(4)}, r"log_prior has shape \(4,\); .* power_law_prior\(5, "),
+        ({"log_prior": torch.zeros(6, 1)}, r"log_prior has shape \(6, 1\)"),
+        ({"log_prior": [0.0] * 5}, "log_prior is a list of 5"),
     ],
 )
 def test_what_is_no_tensor_and_numbers_that_give_nan_are_refused_in_words(changes, says):
