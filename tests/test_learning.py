@@ -188,12 +188,27 @@ def test_two_recipes_are_set_side_by_side(pictures, tmp_path, capsys):
     for line in values["seconds"]:
         seconds = [line["A, s"], line["B, s"]]
         assert (seconds == [None, None]) == (line["reaches"] == "2")  # no accuracy is above 1
-        if all(seconds):
-            assert line["A over B"] == pytest.approx(seconds[0] / seconds[1])
     assert len(values["ends"]) == 4
     assert all(0 <= line["validation"] <= 1 for line in values["ends"])
     assert [line["seeds"] for line in values["ends, means"]] == ["2 of 2"] * 2
     assert "| A over B |" in capsys.readouterr().out
+
+
+def test_the_ratio_is_what_a_took_over_what_b_took():
+    """None where one of them never got there; last is the accuracy with which B ended."""
+    learners = {}
+    for name, seconds in (("A", 10.0), ("B", 40.0)):
+        learner = object.__new__(bench.Learner)
+        learner.measured = [bench.Measured(1, seconds, 0.5), bench.Measured(2, 2 * seconds, 0.6)]
+        learners[name] = learner
+    learners["A"].measured.append(bench.Measured(3, 30.0, 0.7))
+
+    records = list(bench.seconds_records(learners, [0.5, 0.7], 0))
+    assert [record["reaches"] for record in records] == ["0.5", "0.7", "end of B"]
+    assert [record["k-NN"] for record in records] == [0.5, 0.7, 0.6]
+    assert [record["A, s"] for record in records] == [10.0, 30.0, 20.0]
+    assert [record["B, s"] for record in records] == [40.0, None, 80.0]
+    assert [record["A over B"] for record in records] == [0.25, None, 0.25]
 
 
 def test_means_are_over_the_seeds_that_have_all_numbers():
