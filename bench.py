@@ -2447,7 +2447,7 @@ def seconds_records(
     *_, last_name = learners
     at_end = learners[last_name].measured[-1].accuracy
     wanted = [(f"{accuracy:g}", accuracy) for accuracy in accuracies]
-    wanted.append((f"end of {last_name}", at_end))
+    wanted.append((f"{last_name}'s end", at_end))
     for target, accuracy in wanted:
         record = {"seed": seed, "reaches": target, "k-NN": accuracy}
         times = {name: learner.seconds_to(accuracy) for name, learner in learners.items()}

@@ -184,7 +184,7 @@ def test_two_recipes_are_set_side_by_side(pictures, tmp_path, capsys):
     of_a = [line["epoch"] for line in values["curves"] if line["recipe"] == "A"]
     of_b = [line["epoch"] for line in values["curves"] if line["recipe"] == "B"]
     assert (of_a, of_b) == ([0, 1, 2] * 2, [0, 1] * 2)
-    assert [line["reaches"] for line in values["seconds"]] == ["0", "2", "end of B"] * 2
+    assert [line["reaches"] for line in values["seconds"]] == ["0", "2", "B's end"] * 2
     for line in values["seconds"]:
         seconds = [line["A, s"], line["B, s"]]
         assert (seconds == [None, None]) == (line["reaches"] == "2")  # no accuracy is above 1
@@ -204,7 +204,7 @@ def test_the_ratio_is_what_a_took_over_what_b_took():
     learners["A"].measured.append(bench.Measured(3, 30.0, 0.7))
 
     records = list(bench.seconds_records(learners, [0.5, 0.7], 0))
-    assert [record["reaches"] for record in records] == ["0.5", "0.7", "end of B"]
+    assert [record["reaches"] for record in records] == ["0.5", "0.7", "B's end"]
     assert [record["k-NN"] for record in records] == [0.5, 0.7, 0.6]
     assert [record["A, s"] for record in records] == [10.0, 30.0, 20.0]
     assert [record["B, s"] for record in records] == [40.0, None, 80.0]
