@@ -4267,11 +4267,11 @@ ABLATIONS = (
     Ablation(8, "--mask-ratio 0"),
     Ablation(8, "", 66.0),
     Ablation(8, "--mask-ratio 0.5", 64.8),
-    Ablation(8, "--mask-ratio 0.7"),
-    Ablation(8, "--mask-ratio 0.9"),
     Ablation(12, "--num-prototypes 16"),
-    Ablation(12, "--num-prototypes 32"),
     Ablation(12, "--num-prototypes 256"),
+    Ablation(8, "--mask-ratio 0.7"),
+    Ablation(12, "--num-prototypes 32"),
+    Ablation(8, "--mask-ratio 0.9"),
     Ablation(None, "--freeze-prototypes"),
 )
 ABLATION_SEEDS = (0, 1, 2)
