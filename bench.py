@@ -2039,6 +2039,7 @@ IMAGENETTE_IMAGES = 9469
 
 
 def correctness_seconds() -> float:
+    """About how long the check of correctness takes on a GPU."""
     program_start = 20
     runs = 3.5 * FULL.run_steps * 0.02
     steps_on_cpu = 30
@@ -2077,6 +2078,7 @@ def step_seconds() -> float:
 
 
 def masking_seconds() -> float:
+    """About how long it takes to measure what masking saves, on a GPU."""
     seconds = 0.0
     for recipe, batch in FULL.masking_batch_sizes.items():
         for ratio in PUBLISHED_MASKING:

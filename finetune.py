@@ -770,6 +770,14 @@ def crop_and_flip(
     return normalize_pixels(crop_and_resize(batch, boxes, flip, size))
 
 
+def check_finite(loss_and_norm: Tensor, step: int, lr: float) -> None:
+    """Raise FloatingPointError if the loss, or the norm of its gradient, is nan or infinite."""
+    if not torch.isfinite(loss_and_norm):
+        raise FloatingPointError(
+            f"the loss is not finite at step {step}; use a learning rate lower than {lr}."
+        )
+
+
 def train_classifier(
     model: Classifier,
     images: Dataset,
@@ -822,10 +830,7 @@ def train_classifier(
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        if not torch.isfinite(loss.detach() + norm):
-            raise FloatingPointError(
-                f"the loss is not finite at step {step}; use a learning rate lower than {lr}."
-            )
+        check_finite(loss.detach() + norm, step, lr)
         optimizer.step()
         schedule.step()
 

@@ -2260,23 +2260,27 @@ SIN_60 = 0.866
 
 
 def stripes(u, v, noise):
+    """Parallel bands."""
     sharpness = 3
     return np.tanh(sharpness * np.sin(u))
 
 
 def checks(u, v, noise):
+    """Squares of two greys, as on a chess board."""
     sharpness = 6
     width = 1.4  # of a square, in stripes
     return np.tanh(sharpness * np.sin(u / width) * np.sin(v / width))
 
 
 def dots(u, v, noise):
+    """Round spots on a square grid."""
     sharpness = 4
     threshold = 0.9  # the larger, the smaller the dots
     return np.tanh(sharpness * (np.cos(u) + np.cos(v) - threshold))
 
 
 def waves(u, v, noise):
+    """Bands that swing in curves."""
     sharpness = 3
     swing = 1.5
     length = 1.5
@@ -2284,6 +2288,7 @@ def waves(u, v, noise):
 
 
 def honeycomb(u, v, noise):
+    """Spots on a grid of triangles, each with six neighbours."""
     sharpness = 3
     threshold = -0.3
     at_60_degrees = np.cos(-u / 2 + v * SIN_60)
@@ -2292,6 +2297,7 @@ def honeycomb(u, v, noise):
 
 
 def bricks(u, v, noise):
+    """A wall: flat bricks, dark joints, every other row shifted by half a brick."""
     length = 1.2
     odd_row = np.floor(v / np.pi) % 2  # shifted by half a brick
     joint_below = np.cos(v * 2) > 0.75
@@ -2300,6 +2306,7 @@ def bricks(u, v, noise):
 
 
 def zigzag(u, v, noise):
+    """Bands that turn at sharp corners."""
     sharpness = 3
     swing = 2.2
     length = 1.6
@@ -2308,6 +2315,7 @@ def zigzag(u, v, noise):
 
 
 def rings(u, v, noise):
+    """Circles around one centre, in each cell of a square grid."""
     sharpness = 3
     density = 2.2
     cell = 2.5  # each square cell has its own set of rings
@@ -2317,11 +2325,13 @@ def rings(u, v, noise):
 
 
 def blobs(u, v, noise):
+    """Smooth noise, coarse: patches without a direction."""
     sharpness = 2
     return np.tanh(sharpness * noise(width=1.5))
 
 
 def grain(u, v, noise):
+    """The same noise, fine, as sand."""
     sharpness = 2
     return np.tanh(sharpness * noise(width=0.3))
 

@@ -802,9 +802,11 @@ def check_is_tensor(name: str, value, axes: str) -> None:
     if isinstance(value, Tensor):
         return
     if isinstance(value, (list, tuple)):
+        of_tensors = bool(value) and all(isinstance(item, Tensor) for item in value)
+        way_out = f"torch.cat({name}) joins" if of_tensors else f"torch.tensor({name}) makes one of"
         raise ValueError(
             f"{name} is a {type(value).__name__} of {len(value)}; pass one tensor {axes}. "
-            f"torch.cat({name}) joins a list of them."
+            f"{way_out} a list of {'them' if of_tensors else 'numbers'}."
         )
     raise ValueError(f"{name} is {kind_of(value)}; pass one tensor {axes}.")
 
@@ -898,7 +900,6 @@ def msn_loss(
     check_loss_settings(temperature, sharpening, sinkhorn_iterations, label_smoothing)
     anchors = join_views(anchors, targets, prototypes)
     check_log_prior(log_prior, len(prototypes))
-    b = targets.shape[0]
 
     # Departure: float32 even under autocast. The official code has no mixed precision.
     with autocast(anchors.device, bfloat16=False):
@@ -917,7 +918,7 @@ def msn_loss(
             p_plus = sinkhorn(log_p_plus, sinkhorn_iterations, all_reduce).exp()
             prototypes_used = count_prototypes_used(p_plus, all_reduce)
 
-        log_p_views = rearrange(log_p, "(v b) k -> v b k", b=b)
+        log_p_views = rearrange(log_p, "(v b) k -> v b k", b=targets.shape[0])
         cross_entropy_term = cross_entropy(log_p_views, p_plus)  # 1/(M B) Σ_i Σ_m H(p⁺_i, p_i,m)
         memax_term = me_max(log_p, log_prior, all_reduce)  # log k - H(p̄)
         entropy_term = entropy(log_p)  # not in (1), and of weight 0
@@ -1237,6 +1238,12 @@ def check_pixels(
         )
 
 
+def count_patches(pixel_values: Tensor, config: ViTMSNConfig) -> int:
+    """n, the whole patches of each image. pixel_values: b c height width."""
+    height, width = pixel_values.shape[-2:]
+    return (height // config.patch_size) * (width // config.patch_size)
+
+
 def check_patches_to_keep(
     patches_to_keep: Tensor | None,
     pixel_values: Tensor,
@@ -1248,8 +1255,7 @@ def check_patches_to_keep(
         return
     check_is_tensor(name, patches_to_keep, "(images, patches to keep)")
     b, _, height, width = pixel_values.shape
-    p = config.patch_size
-    n = (height // p) * (width // p)
+    n = count_patches(pixel_values, config)
     of_images = patches_to_keep.ndim == 2 and patches_to_keep.shape[0] == b
     if not of_images or not 1 <= patches_to_keep.shape[1] <= n:
         raise ValueError(
@@ -1280,9 +1286,8 @@ def check_bool_masked_pos(
     if bool_masked_pos is None:
         return
     check_is_tensor("bool_masked_pos", bool_masked_pos, "(images, patches)")
-    b, _, height, width = pixel_values.shape
-    p = config.patch_size
-    n = (height // p) * (width // p)
+    b = pixel_values.shape[0]
+    n = count_patches(pixel_values, config)
     if bool_masked_pos.shape != (b, n):
         raise ValueError(
             f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}; pass (images, patches): "

@@ -142,6 +142,7 @@ def test_a_second_signal_ends_a_process_that_never_gets_to_the_first(first, seco
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(first)
+    process.send_signal(second)  # at once: this is still the first one
     time.sleep(2 * train_msn.SAME_SIGNAL)
     assert process.poll() is None
     process.send_signal(second)
