@@ -748,7 +748,7 @@ def test_classifier_training_on_the_device_equals_the_cpu(device):
     assert_relatively_close(actual, expected, 1e-4)
 
 
-CLASSIFIER_WAITS = {Wait("finetune.train_classifier", "item")}  # is the loss finite
+CLASSIFIER_WAITS = {Wait("finetune.check_finite", "item")}  # is the loss finite
 
 
 def test_a_step_of_classifier_training_waits_only_at_named_places(device):
