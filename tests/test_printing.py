@@ -445,6 +445,32 @@ def test_slow_bfloat16_is_said_before_it_starts(bfloat16, says, monkeypatch, cap
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("bfloat16, says", [(0.05, "2.0 times as fast"), (0.1, ""), (0.6, "")])
+def test_a_cpu_that_is_quicker_in_bfloat16_is_told_of(bfloat16, says, monkeypatch, capsys):
+    """Where float32 was taken because nothing was asked for, and bfloat16 would save time."""
+    seconds = {torch.bfloat16: bfloat16, torch.float32: 0.1}
+    monkeypatch.setattr(train_msn, "seconds_of_product", seconds.get)
+    train_msn.advise_bfloat16("float32", torch.device("cpu"))
+    line = capsys.readouterr().err
+    assert says in line and bool(says) == bool(line)
+    assert not line or "--precision bfloat16" in line
+    train_msn.advise_bfloat16("bfloat16", torch.device("cpu"))
+    train_msn.advise_bfloat16("float32", torch.device("cuda"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("flags, told", [((), True), (("--precision", "float32"), False)])
+def test_who_asks_for_a_precision_gets_no_advice(flags, told, monkeypatch, tmp_path, capsys):
+    """The advice is for a run whose precision nobody chose; the demo's recipe chooses float32."""
+    seconds = {torch.bfloat16: 0.01, torch.float32: 0.1}
+    monkeypatch.setattr(train_msn, "seconds_of_product", seconds.get)
+    monkeypatch.setattr(train_msn, "choose_precision", lambda wanted, device: "float32")
+    make_pictures(tmp_path / "photos")
+    folder = ("--data", tmp_path / "photos", "--output-dir", tmp_path / "run", "--max-steps", "1")
+    assert run_here(*TINY, *folder, *flags) == 0
+    assert ("--precision bfloat16" in capsys.readouterr().err) == told
+
+
 def test_a_thread_that_is_still_at_work_does_not_change_how_a_program_ends():
     """Nobody waits for it, what was printed arrives, and the exit status is the one asked for."""
     code = (
