@@ -459,6 +459,15 @@ def test_a_cpu_that_is_quicker_in_bfloat16_is_told_of(bfloat16, says, monkeypatc
     assert capsys.readouterr().err == ""
 
 
+def test_the_demo_is_in_float32_on_every_cpu(monkeypatch):
+    """Its result is in the README, so it is one everywhere; other recipes take what is fast."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    cpu = torch.device("cpu")
+    for recipe, precision in (("demo", "float32"), ("imagenette", "bfloat16")):
+        wanted = make_config({"recipe": recipe}).precision
+        assert train_msn.choose_precision(wanted, cpu) == precision
+
+
 @pytest.mark.parametrize("flags, told", [((), True), (("--precision", "float32"), False)])
 def test_who_asks_for_a_precision_gets_no_advice(flags, told, monkeypatch, tmp_path, capsys):
     """The advice is for a run whose precision nobody chose; the demo's recipe chooses float32."""
