@@ -4606,7 +4606,7 @@ def main(argv: list[str]) -> None:
     if config.threads == 0:
         config = replace(config, threads=quickest_threads(config))  # kept for a resumed run
     torch.set_num_threads(config.threads)
-    chosen_here = config.precision == "auto"
+    nobody_chose = config.precision == "auto"
     config = replace(config, precision=choose_precision(config.precision, processes.device))
     data = open_data(config)
     check_same_images(content, data, config)
@@ -4624,7 +4624,7 @@ def main(argv: list[str]) -> None:
         return
 
     warn_of_slow_precision(config.precision, processes.device)
-    if chosen_here:
+    if nobody_chose:
         advise_bfloat16(config.precision, processes.device)
     warn_of_cost(config, len(data.train), processes.device)
     with claimed(folder, may_exist=config.resume or bool(config.output_dir)):
