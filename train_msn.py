@@ -4625,7 +4625,7 @@ def main(argv: list[str]) -> None:
 
     warn_of_slow_precision(config.precision, processes.device)
     if nobody_chose:
-        advise_bfloat16(config.precision, processes.device)
+        advise_bfloat16(config, len(data.train), processes.device)
     warn_of_cost(config, len(data.train), processes.device)
     with claimed(folder, may_exist=config.resume or bool(config.output_dir)):
         train(config, data, folder, content, processes)
@@ -4676,23 +4676,6 @@ def warn_of_slow_precision(precision: str, device: torch.device) -> None:
         )
 
 
-def advise_bfloat16(chosen: str, device: torch.device) -> None:
-    """Say so if "auto" gave float32 on a CPU that would be faster in bfloat16.
-
-    That is a CPU with AVX512-BF16: about twice as fast, not many times as with AMX, and so whether
-    a run rounds more is left to its user.
-    """
-    if chosen != "float32" or device.type != "cpu":
-        return
-    ratio = seconds_of_product(torch.float32) / seconds_of_product(torch.bfloat16)
-    if ratio > 1.5:
-        say(
-            f"this CPU is {ratio:.1f} times as fast in bfloat16 as in float32; --precision "
-            "bfloat16 takes less time and rounds more.",
-            sys.stderr,
-        )
-
-
 PRODUCT_SIDE = 512
 
 
@@ -4707,25 +4690,51 @@ def seconds_of_product(dtype: torch.dtype) -> float:
     return min(seconds)
 
 
-LONG_RUN = 24 * 3600  # seconds
+SHORT_RUN = 600  # seconds
+LONG_RUN = 24 * 3600
+
+
+def advise_bfloat16(config: TrainConfig, num_images: int, device: torch.device) -> None:
+    """Say so if "auto" gave float32, a CPU is faster in bfloat16, and the run is not a short one.
+
+    That is a CPU with AVX512-BF16: about twice as fast, not many times as with AMX, and so whether
+    a run rounds more is left to its user.
+    """
+    if config.precision != "float32" or device.type != "cpu":
+        return
+    ratio = seconds_of_product(torch.float32) / seconds_of_product(torch.bfloat16)
+    if ratio > 1.5 and least_seconds(config, num_images) > SHORT_RUN:
+        say(
+            f"this CPU is {ratio:.1f} times as fast in bfloat16 as in float32; --precision "
+            "bfloat16 takes less time and rounds more.",
+            sys.stderr,
+        )
 
 
 def warn_of_cost(config: TrainConfig, num_images: int, device: torch.device) -> None:
     """Say so if a run on a CPU will take longer than a day, and what to use instead."""
     if device.type != "cpu":
         return
-    steps = steps_to_do(config, num_images // config.batch_size, None)
-    flops = len(steps) * config.batch_size * about_flops(config)
-    flops_per_second = 2 * PRODUCT_SIDE**3 / seconds_of_product(torch.float32)
-    seconds = flops / flops_per_second
+    seconds = least_seconds(config, num_images)
     if seconds > LONG_RUN:
+        steps = len(steps_to_do(config, num_images // config.batch_size, None))
+        flops = about_flops(config)
+        speed = steps * config.batch_size * flops / seconds
         small = "demo" if config.data == "synthetic" else "imagenette"
         say(
-            f"{len(steps)} steps of {config.batch_size} images will take this CPU at least "
-            f"{round(seconds / 86400)} days ({about_flops(config) / 1e9:.0f} GFLOP an image at "
-            f"{flops_per_second / 1e9:.0f} GFLOP/s); for a CPU there is --recipe {small}.",
+            f"{steps} steps of {config.batch_size} images will take this CPU at least "
+            f"{round(seconds / 86400)} days ({flops / 1e9:.0f} GFLOP an image at "
+            f"{speed / 1e9:.0f} GFLOP/s); for a CPU there is --recipe {small}.",
             sys.stderr,
         )
+
+
+def least_seconds(config: TrainConfig, num_images: int) -> float:
+    """What a run takes on a CPU, in float32, if all of it were as fast as a product of matrices."""
+    steps = len(steps_to_do(config, num_images // config.batch_size, None))
+    flops = steps * config.batch_size * about_flops(config)
+    flops_per_second = 2 * PRODUCT_SIDE**3 / seconds_of_product(torch.float32)
+    return flops / flops_per_second
 
 
 def about_flops(config: TrainConfig) -> float:

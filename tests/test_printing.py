@@ -445,17 +445,30 @@ def test_slow_bfloat16_is_said_before_it_starts(bfloat16, says, monkeypatch, cap
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("bfloat16, says", [(0.05, "2.0 times as fast"), (0.1, ""), (0.6, "")])
+QUICK_CPU = {torch.bfloat16: 0.0025, torch.float32: 0.005}  # seconds of a product
+
+
+@pytest.mark.parametrize("bfloat16, says", [(0.0025, "2.0 times as fast"), (0.005, ""), (0.1, "")])
 def test_a_cpu_that_is_quicker_in_bfloat16_is_told_of(bfloat16, says, monkeypatch, capsys):
     """Where float32 was taken because nothing was asked for, and bfloat16 would save time."""
-    seconds = {torch.bfloat16: bfloat16, torch.float32: 0.1}
+    seconds = {**QUICK_CPU, torch.bfloat16: bfloat16}
     monkeypatch.setattr(train_msn, "seconds_of_product", seconds.get)
-    train_msn.advise_bfloat16("float32", torch.device("cpu"))
+    config = make_config({"recipe": "imagenette", "precision": "float32"})
+    train_msn.advise_bfloat16(config, 9000, torch.device("cpu"))
     line = capsys.readouterr().err
     assert says in line and bool(says) == bool(line)
     assert not line or "--precision bfloat16" in line
-    train_msn.advise_bfloat16("bfloat16", torch.device("cpu"))
-    train_msn.advise_bfloat16("float32", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "changes, device",
+    [({"precision": "bfloat16"}, "cpu"), ({}, "cuda"), ({"max_steps": 5}, "cpu")],
+)
+def test_where_bfloat16_saves_nothing_it_is_not_advised(changes, device, monkeypatch, capsys):
+    """It is in use, or the device is no CPU, or the run is short."""
+    monkeypatch.setattr(train_msn, "seconds_of_product", QUICK_CPU.get)
+    config = make_config({"recipe": "imagenette", "precision": "float32", **changes})
+    train_msn.advise_bfloat16(config, 9000, torch.device(device))
     assert capsys.readouterr().err == ""
 
 
@@ -471,8 +484,8 @@ def test_the_demo_is_in_float32_on_every_cpu(monkeypatch):
 @pytest.mark.parametrize("flags, told", [((), True), (("--precision", "float32"), False)])
 def test_who_asks_for_a_precision_gets_no_advice(flags, told, monkeypatch, tmp_path, capsys):
     """The advice is for a run whose precision nobody chose; the demo's recipe chooses float32."""
-    seconds = {torch.bfloat16: 0.01, torch.float32: 0.1}
-    monkeypatch.setattr(train_msn, "seconds_of_product", seconds.get)
+    monkeypatch.setattr(train_msn, "seconds_of_product", QUICK_CPU.get)
+    monkeypatch.setattr(train_msn, "SHORT_RUN", 0)
     monkeypatch.setattr(train_msn, "choose_precision", lambda wanted, device: "float32")
     make_pictures(tmp_path / "photos")
     folder = ("--data", tmp_path / "photos", "--output-dir", tmp_path / "run", "--max-steps", "1")
