@@ -2089,6 +2089,7 @@ def masking_seconds() -> float:
 
 
 def views_seconds() -> float:
+    """About how long views take to measure on a GPU, and Pillow's beside them."""
     config = make_config({"recipe": "small-16"})
     views = 1 + config.random_views + config.focal_views
     pillow = (WARM_UPS + 3) * FULL.pillow_batch * views * PILLOW_SECONDS
@@ -2096,6 +2097,7 @@ def views_seconds() -> float:
 
 
 def imagenette_seconds() -> float:
+    """About how long the recipe imagenette-128 trains on a GPU, evaluations included."""
     config = make_config({"recipe": "imagenette-128"})
     images = config.epochs * IMAGENETTE_IMAGES
     training = images * step_flops(config) / config.batch_size / ASSUMED_SPEED_SMALL
@@ -2432,6 +2434,7 @@ def learn_in_turn(
 
 
 def curve_record(seed: int, name: str, measured: Measured) -> dict:
+    """One evaluation of one run, as a line of the table: recipe, epoch, CPU seconds, k-NN."""
     return {
         "seed": seed,
         "recipe": name,

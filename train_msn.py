@@ -4702,8 +4702,9 @@ def advise_bfloat16(config: TrainConfig, num_images: int, device: torch.device) 
     """
     if config.precision != "float32" or device.type != "cpu":
         return
+    seconds = flops_of_run(config, num_images) / flops_per_second()
     ratio = seconds_of_product(torch.float32) / seconds_of_product(torch.bfloat16)
-    if ratio > 1.5 and least_seconds(config, num_images) > SHORT_RUN:
+    if seconds > SHORT_RUN and ratio > 1.5:
         say(
             f"this CPU is {ratio:.1f} times as fast in bfloat16 as in float32; --precision "
             "bfloat16 takes less time and rounds more.",
@@ -4715,26 +4716,28 @@ def warn_of_cost(config: TrainConfig, num_images: int, device: torch.device) -> 
     """Say so if a run on a CPU will take longer than a day, and what to use instead."""
     if device.type != "cpu":
         return
-    seconds = least_seconds(config, num_images)
+    speed = flops_per_second()
+    seconds = flops_of_run(config, num_images) / speed
     if seconds > LONG_RUN:
-        steps = len(steps_to_do(config, num_images // config.batch_size, None))
-        flops = about_flops(config)
-        speed = steps * config.batch_size * flops / seconds
+        steps = steps_to_do(config, num_images // config.batch_size, None)
         small = "demo" if config.data == "synthetic" else "imagenette"
         say(
-            f"{steps} steps of {config.batch_size} images will take this CPU at least "
-            f"{round(seconds / 86400)} days ({flops / 1e9:.0f} GFLOP an image at "
+            f"{len(steps)} steps of {config.batch_size} images will take this CPU at least "
+            f"{round(seconds / 86400)} days ({about_flops(config) / 1e9:.0f} GFLOP an image at "
             f"{speed / 1e9:.0f} GFLOP/s); for a CPU there is --recipe {small}.",
             sys.stderr,
         )
 
 
-def least_seconds(config: TrainConfig, num_images: int) -> float:
-    """What a run takes on a CPU, in float32, if all of it were as fast as a product of matrices."""
-    steps = len(steps_to_do(config, num_images // config.batch_size, None))
-    flops = steps * config.batch_size * about_flops(config)
-    flops_per_second = 2 * PRODUCT_SIDE**3 / seconds_of_product(torch.float32)
-    return flops / flops_per_second
+def flops_per_second() -> float:
+    """How fast the CPU multiplies matrices in float32: about the most that a step reaches."""
+    return 2 * PRODUCT_SIDE**3 / seconds_of_product(torch.float32)
+
+
+def flops_of_run(config: TrainConfig, num_images: int) -> float:
+    """Operations of all steps of a run, roughly."""
+    steps = steps_to_do(config, num_images // config.batch_size, None)
+    return len(steps) * config.batch_size * about_flops(config)
 
 
 def about_flops(config: TrainConfig) -> float:

@@ -803,10 +803,11 @@ def check_is_tensor(name: str, value, axes: str) -> None:
         return
     if isinstance(value, (list, tuple)):
         of_tensors = bool(value) and all(isinstance(item, Tensor) for item in value)
-        way_out = f"torch.cat({name}) joins" if of_tensors else f"torch.tensor({name}) makes one of"
+        advice = f"torch.tensor({name}) makes one of a list of numbers."
+        if of_tensors:
+            advice = f"torch.cat({name}) joins a list of them."
         raise ValueError(
-            f"{name} is a {type(value).__name__} of {len(value)}; pass one tensor {axes}. "
-            f"{way_out} a list of {'them' if of_tensors else 'numbers'}."
+            f"{name} is a {type(value).__name__} of {len(value)}; pass one tensor {axes}. {advice}"
         )
     raise ValueError(f"{name} is {kind_of(value)}; pass one tensor {axes}.")
 
